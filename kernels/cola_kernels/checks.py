@@ -1,0 +1,45 @@
+"""Argument checks shared by every implementation of an op: one sentence each, raised before anything is touched."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def check_lora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, dropout: float
+) -> None:
+    check_factors(weight, lora_a, lora_b)
+    n, k = weight.shape
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {list(x.shape)}, but weight [N, K] = [{n}, {k}] needs x [..., {k}].")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias has shape {list(bias.shape)}, but weight has {n} rows: bias must be [{n}].")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, but it must be at least 0 and less than 1.")
+    if weight.requires_grad:
+        raise ValueError("weight requires a gradient, but lora_linear treats it as frozen: weight.requires_grad_(False).")
+
+
+def check_merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, rounding: str) -> None:
+    check_factors(weight, lora_a, lora_b)
+    if not weight.is_floating_point():
+        raise ValueError(f"weight is {weight.dtype}, but merge_ folds into bf16, fp16, fp32 or fp64 weights.")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding is {rounding!r}, but it must be one of {', '.join(ROUNDINGS)}.")
+
+
+def check_factors(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    if weight.dim() != 2 or lora_a.dim() != 2 or lora_b.dim() != 2:
+        raise ValueError(
+            f"weight, lora_a and lora_b must be matrices, but have shapes {list(weight.shape)}, "
+            f"{list(lora_a.shape)} and {list(lora_b.shape)}."
+        )
+    n, k = weight.shape
+    r = lora_a.shape[0]
+    if r < 1 or lora_a.shape[1] != k or tuple(lora_b.shape) != (n, r):
+        raise ValueError(
+            f"lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit weight [N, K] = [{n}, {k}]: "
+            f"expected lora_a [R, {k}] and lora_b [{n}, R] with R >= 1."
+        )
