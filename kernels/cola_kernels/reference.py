@@ -187,7 +187,7 @@ def merge_(
                 tile.copy_(target)
             if before is not None:
                 delta = torch.mm(b, a).mul_(scale)
-                change = tile.to(wide).sub_(before.to(wide))
+                change = tile.to(wide) - before.to(wide)
                 along = along + (change * delta).sum(dtype=torch.float64)
                 delta_sq = delta_sq + delta.square().sum(dtype=torch.float64)
                 change_sq = change_sq + change.sub_(delta).square_().sum(dtype=torch.float64)
