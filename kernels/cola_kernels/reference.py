@@ -143,7 +143,7 @@ def _inverse_keep(dropout: float) -> float:
     return DRAW_RANGE / (DRAW_RANGE - _threshold(dropout))
 
 
-TILE_ELEMENTS = 1 << 17  # of the fp32 tile merge_ works in: 512 KiB
+TILE_ELEMENTS = 1 << 15  # of the fp32 tile merge_ works in: 128 KiB, so that all temporaries together stay small
 
 
 def merge_(
