@@ -60,6 +60,7 @@ def attach(
     rounding: str = "auto",
     seed: int = 0,
     rank_pattern: Mapping[str, int] | None = None,
+    first_rank: int | None = None,
 ) -> Chain:
     """Freeze `model` and open link 0 on the targeted linears. The model's function does not change.
 
@@ -70,6 +71,7 @@ def attach(
         base, rounding: how tied links are kept, see `cola_fast.bases`.
         seed: of the links' initial values and of stochastic rounding.
         rank_pattern: module name or pattern -> rank, over `r`.
+        first_rank: rank of link 0 if it is not `r`, as in a step-down.
 
     Raises:
         UserError (a ValueError): see `cola_fast.targets` and `cola_fast.layer`. The model is then as it was.
@@ -81,9 +83,9 @@ def attach(
     if not alpha > 0:
         raise UserError(f"alpha is {alpha}, but it must be positive.")
     kind = choose_base(base, rounding)
-    assign_ranks({n: (m.out_features, m.in_features) for n, m in modules.items()}, r, rank_pattern)
+    assign_ranks({n: (m.out_features, m.in_features) for n, m in modules.items()}, first_rank or r, rank_pattern)
     chain = Chain(model, modules, kind, settings, base_identity(model))
-    chain.extend()
+    chain.extend(first_rank)
     return chain
 
 
@@ -102,6 +104,7 @@ class Chain:
         self.links: list[SealedLink] = []
         self.open_link: OpenLink | None = None
         self.folder: Path | None = None
+        self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self._targets = short_targets(model, modules)
         self.layers = _wrap_all(modules)
         self._were_trainable = [p for p in model.parameters() if p.requires_grad]
@@ -121,7 +124,15 @@ class Chain:
             seed = derive_seed(self.settings.seed, "init", index, name)
             a, b = initial_factors((layer.out_features, layer.in_features), ranks[name], factor_dtype(layer.weight), seed)
             factors[name] = Factors(a, b, self.settings.alpha)
-        return self._open(factors)
+        return self.open_with(factors)
+
+    def open_with(self, factors: Mapping[str, Factors]) -> OpenLink:
+        """Open the next link with the given values instead of fresh ones."""
+        for name, layer in self.layers.items():
+            f = factors[name]
+            layer.open(f.a, f.b, scale=f.scale, dropout=self.settings.dropout)
+        self.open_link = OpenLink(len(self.links), {name: f.rank for name, f in factors.items()})
+        return self.open_link
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The open link's `<module>.lora_A` and `<module>.lora_B`."""
@@ -150,7 +161,7 @@ class Chain:
         """
         if self.open_link is None:
             raise UserError("There is no open link to tie: call extend() first.")
-        link = SealedLink.seal(self.open_link.index, self.open_factors(), **self._peft_fields())
+        link = SealedLink.seal(self.open_link.index, self.open_factors(), **self.peft_fields())
         if self.folder is not None:
             link.write(self.folder / folder_name(link.index))
             self._write_record([*self.links, link])
@@ -177,6 +188,13 @@ class Chain:
             parameter.requires_grad_(True)
         self.layers, self.open_link = {}, None
         return self.model
+
+    def replay(self, count: int) -> None:
+        """Fold the next `count` sealed links that `load_chain(..., links=n)` left out."""
+        for _ in range(count):
+            link = self.waiting.pop(0)
+            self.links.append(link)
+            self._fold(link)
 
     # --- on disk ------------------------------------------------------------------------------------------------------
 
@@ -219,13 +237,6 @@ class Chain:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _open(self, factors: Mapping[str, Factors]) -> OpenLink:
-        for name, layer in self.layers.items():
-            f = factors[name]
-            layer.open(f.a, f.b, scale=f.scale, dropout=self.settings.dropout)
-        self.open_link = OpenLink(len(self.links), {name: f.rank for name, f in factors.items()})
-        return self.open_link
-
     def _fold(self, link: SealedLink) -> None:
         """From the sealed bytes, as a replay does, so that both give the same weights. Idempotent by link index."""
         for name, factors in link.factors().items():
@@ -242,7 +253,8 @@ class Chain:
         if not self.layers:
             raise UserError("This chain has been detached: attach a new one, or load it again with load_chain.")
 
-    def _peft_fields(self) -> dict[str, Any]:
+    def peft_fields(self) -> dict[str, Any]:
+        """What `peft_format.encode` says of this chain's base and targets."""
         return {
             "targets": self._targets,
             "base_name": self.identity["name"],
@@ -254,9 +266,7 @@ class Chain:
         folder = folder or self.folder
         assert folder is not None
         settings = self.settings
-        store.write_json(
-            folder / CHAIN_FILE,
-            {
+        record = {
                 "format": FORMAT,
                 "base": self.identity,
                 "base_kind": self.base.kind,
@@ -268,8 +278,8 @@ class Chain:
                 "rank_pattern": settings.rank_pattern,
                 "modules": {name: list(shape) for name, shape in self._shapes().items()},
                 "links": [link.record() for link in links],
-            },
-        )
+        }
+        store.write_file(folder / CHAIN_FILE, store.to_json(record))
 
 
 def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None) -> Chain:
@@ -299,11 +309,10 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     base = choose_base(record["base_kind"], record["rounding"])
     chain = Chain(model, select_modules(model, pattern), base, settings, record["base"])
     chain.folder = folder
-    for link in sealed[:links]:
-        chain.links.append(link)
-        chain._fold(link)
+    chain.waiting = sealed
+    chain.replay(len(sealed) if links is None else links)
     if state is not None and state["open"] == len(chain.links):
-        chain._open({name: Factors(*f) for name, f in state["factors"].items()})
+        chain.open_with({name: Factors(*f) for name, f in state["factors"].items()})
     return chain
 
 

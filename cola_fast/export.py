@@ -25,7 +25,7 @@ def export_adapter(chain: Chain, folder: Path) -> Path:
     if chain.open_link is not None:
         links.append(chain.open_factors())
     factors = {name: concatenate([link[name] for link in links]) for name in chain.layers}
-    store.write_folder(folder, peft_format.encode(factors, **chain._peft_fields()))
+    store.write_folder(folder, peft_format.encode(factors, **chain.peft_fields()))
     return folder
 
 

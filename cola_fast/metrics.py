@@ -21,10 +21,10 @@ class Logger(Protocol):
 class JsonLines:
     """Rows behind the step a run resumes from are dropped first, so a resumed run has each step once."""
 
-    def __init__(self, run: Path, *, resume_step: int) -> None:
+    def __init__(self, run: Path, *, resume_step: int, link: int) -> None:
         self.path = run / FILE
         if self.path.exists():
-            kept = [row for row in read(run) if row["step"] <= resume_step]
+            kept = [row for row in read(run) if row["step"] <= resume_step and (row["event"] != "knot" or row["link"] < link)]
             store.write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115: open for the whole run
 

@@ -57,8 +57,8 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(path.with_name(f".{path.name}.old"), ignore_errors=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
