@@ -475,7 +475,7 @@ class _Encoder:
             (self.cut, f"of these cut from the {side}"),
             (self.long - self.cut, "of these dropped"),
             (self.unlabelled, "dropped with no token to learn from"),
-            (self.swallowed, "pieces tokenised apart from their prompt (does a prompt end in a space?)"),
+            (self.swallowed, "pieces tokenised apart from their prompt (does it end in a space or line break?)"),
         ):
             parts += [f"{count} {words}"] if count else []
         return "; ".join([*parts, f"{tokens} tokens, {learn} with loss, longest {max(map(len, examples), default=0)}"])

@@ -306,14 +306,23 @@ def test_candidate_scores_are_summed_log_likelihoods(words: tuple[tuple[int, ...
 # --- does the model do what a batch asks? -----------------------------------------------------------------------------
 
 
-def mamba() -> nn.Module:
-    from transformers import MambaConfig, MambaForCausalLM
+def tiny(name: str) -> nn.Module:
+    """Random models with their default initialisation, which makes leaks small."""
+    import transformers as t
 
     torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.5
-    )
-    return MambaForCausalLM(config)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    if name == "mamba":
+        return t.MambaForCausalLM(t.MambaConfig(**sizes))
+    if name == "bloom":
+        return t.BloomForCausalLM(t.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
+    if name == "gpt2":
+        ends = {"bos_token_id": 1, "eos_token_id": 1}
+        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, **ends))
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    if name == "mixtral":
+        return t.MixtralForCausalLM(t.MixtralConfig(num_local_experts=4, **sizes))
+    return t.Gemma3ForCausalLM(t.Gemma3TextConfig(head_dim=8, sliding_window=4, pad_token_id=0, **sizes))
 
 
 class Deaf(nn.Module):
@@ -348,6 +357,25 @@ def test_a_model_that_does_not_is_refused(dtype: torch.dtype) -> None:
         batches.check_padding(model)
 
 
-def test_a_recurrent_model_cannot_be_packed() -> None:
-    with pytest.raises(UserError, match=r"MambaForCausalLM .* packing"):
-        check_packing(mamba())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "packs"), [("gpt2", True), ("mixtral", True), ("gemma3", True), ("mamba", False), ("bloom", False)]
+)
+def test_who_can_be_packed(name: str, packs: bool, dtype: torch.dtype) -> None:
+    model = tiny(name).to(dtype)
+    batches.check_padding(model)
+    if packs:
+        check_packing(model)
+    else:
+        with pytest.raises(UserError, match=r"does not keep .* under packing"):
+            check_packing(model)
+
+
+def test_a_model_without_position_ids_is_refused() -> None:
+    model = llama()
+    forward = model.forward
+    model.forward = lambda input_ids, use_cache=None, logits_to_keep=0: forward(
+        input_ids, logits_to_keep=logits_to_keep
+    )
+    with pytest.raises(UserError, match=r"cannot be used for packing, its forward refuses the batch"):
+        check_packing(model)
