@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from . import store
@@ -122,7 +121,9 @@ class Chain:
         factors = {}
         for name, layer in self.layers.items():
             seed = derive_seed(self.settings.seed, "init", index, name)
-            a, b = initial_factors((layer.out_features, layer.in_features), ranks[name], factor_dtype(layer.weight), seed)
+            a, b = initial_factors(
+                (layer.out_features, layer.in_features), ranks[name], factor_dtype(layer.weight), seed
+            )
             factors[name] = Factors(a, b, self.settings.alpha)
         return self.open_with(factors)
 
@@ -161,6 +162,7 @@ class Chain:
         """
         if self.open_link is None:
             raise UserError("There is no open link to tie: call extend() first.")
+        self._require_complete()
         link = SealedLink.seal(self.open_link.index, self.open_factors(), **self.peft_fields())
         if self.folder is not None:
             link.write(self.folder / folder_name(link.index))
@@ -181,7 +183,9 @@ class Chain:
         """
         trained = any(bool(layer.lora_B.any()) for layer in self.layers.values() if layer.lora_B is not None)
         if trained and not discard:
-            raise UserError("The open link has been trained and would be lost: call tie() first, or detach(discard=True).")
+            raise UserError(
+                "The open link has been trained and would be lost: call tie() first, or detach(discard=True)."
+            )
         for layer in self.layers.values():
             layer.to_linear()
         for parameter in self._were_trainable:
@@ -204,6 +208,7 @@ class Chain:
         extra: anything else that must be restored together with the open link (tensors and plain values), such as an
         optimizer's state. `load_state` returns it.
         """
+        self._require_complete()
         folder = Path(folder)
         if self.folder != folder:
             if (folder / CHAIN_FILE).exists():
@@ -253,6 +258,13 @@ class Chain:
         if not self.layers:
             raise UserError("This chain has been detached: attach a new one, or load it again with load_chain.")
 
+    def _require_complete(self) -> None:
+        if self.waiting:
+            raise UserError(
+                f"This chain was loaded at an earlier point ({len(self.links)} of {len(self.links) + len(self.waiting)} "
+                "links) and can only be looked at: load it whole to go on with it."
+            )
+
     def peft_fields(self) -> dict[str, Any]:
         """What `peft_format.encode` says of this chain's base and targets."""
         return {
@@ -267,17 +279,17 @@ class Chain:
         assert folder is not None
         settings = self.settings
         record = {
-                "format": FORMAT,
-                "base": self.identity,
-                "base_kind": self.base.kind,
-                "rounding": self.base.rounding,
-                "r": settings.r,
-                "alpha": settings.alpha,
-                "dropout": settings.dropout,
-                "seed": settings.seed,
-                "rank_pattern": settings.rank_pattern,
-                "modules": {name: list(shape) for name, shape in self._shapes().items()},
-                "links": [link.record() for link in links],
+            "format": FORMAT,
+            "base": self.identity,
+            "base_kind": self.base.kind,
+            "rounding": self.base.rounding,
+            "r": settings.r,
+            "alpha": settings.alpha,
+            "dropout": settings.dropout,
+            "seed": settings.seed,
+            "rank_pattern": settings.rank_pattern,
+            "modules": {name: list(shape) for name, shape in self._shapes().items()},
+            "links": [link.record() for link in links],
         }
         store.write_file(folder / CHAIN_FILE, store.to_json(record))
 
@@ -324,7 +336,9 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     record: dict[str, Any] = store.read_json(folder / CHAIN_FILE)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
-        raise UserError(f"{folder / CHAIN_FILE} has format {found}, but this version reads format {FORMAT}: update cola_fast.")
+        raise UserError(
+            f"{folder / CHAIN_FILE} has format {found}, but this version reads format {FORMAT}: update cola_fast."
+        )
     return record
 
 

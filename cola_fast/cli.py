@@ -49,7 +49,11 @@ Write a run's chain for use elsewhere.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (options.command not in ("train", "demo") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse stops reading key=value pairs at the first option between them
+        options.overrides += rest
     if options.command is None:
         parser.print_help()
         return 0
@@ -97,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
                                  description=EXPORT_HELP)  # fmt: skip
     export.add_argument("folder", metavar="RUN")
     export.add_argument("--to", choices=("adapter", "merged"), required=True)
-    export.add_argument("--out", metavar="FOLDER", help="where to write it (default: RUN/export/adapter or RUN/export/merged)")
+    export.add_argument(
+        "--out", metavar="FOLDER", help="where to write it (default: RUN/export/adapter or RUN/export/merged)"
+    )
     export.add_argument("--best", action="store_true", help="export the best checkpoint instead of the last")
     export.set_defaults(run=_export)
 

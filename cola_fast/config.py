@@ -141,7 +141,9 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     chain = chosen.get("chain")
     method = chain.get("method", ChainConfig.method) if isinstance(chain, dict) else ChainConfig.method
     if method not in METHODS:
-        raise UserError(f"chain.method is {method!r}, but must be one of {', '.join(METHODS)}.{near(str(method), METHODS)}")
+        raise UserError(
+            f"chain.method is {method!r}, but must be one of {', '.join(METHODS)}.{near(str(method), METHODS)}"
+        )
     config: Config = _build(Config, _merge(METHODS[method].defaults, chosen), "")
     validate(config)
     return config
@@ -150,7 +152,11 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain mappings and lists, ready for YAML."""
     return {
-        f.name: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        f.name: to_dict(value)
+        if dataclasses.is_dataclass(value)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
         for f in dataclasses.fields(config)
         for value in [getattr(config, f.name)]
     }
@@ -198,7 +204,9 @@ def validate(config: Config) -> None:
         ("schedule", "plateau", s.plateau),
         ("data", "limit", d.limit),
     ):
-        _require(value is None or value > 0, f"{where}.{key} is {value}, but it must be positive, or null to turn it off.")
+        _require(
+            value is None or value > 0, f"{where}.{key} is {value}, but it must be positive, or null to turn it off."
+        )
     _require(d.max_length >= 2, f"data.max_length is {d.max_length}, but it must be at least 2 tokens.")
     _require(0 <= d.eval_share < 1, f"data.eval_share is {d.eval_share}, but it is a share of the rows in [0, 1).")
     _require(
@@ -246,7 +254,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) == len(value):
-            return tuple(_convert(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+            return tuple(
+                _convert(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+            )
     if origin is dict and isinstance(value, Mapping):
         return {_convert(args[0], _word(k), path): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if hint is float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from cola_kernels import merge_
 
 from . import peft_format, store
@@ -61,7 +62,9 @@ def _save_atomically(chain: Chain, folder: Path, state: Mapping[str, Any], token
             folder.rmdir()
         temporary.rename(folder)
     except OSError as error:
-        raise UserError(f"{folder} could not be written ({error}): free some space or choose another folder.") from error
+        raise UserError(
+            f"{folder} could not be written ({error}): free some space or choose another folder."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -36,6 +36,6 @@ def fingerprint(model: nn.Module) -> str:
             where = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64)
             values = flat[where.long().to(flat.device)]
             samples.append(values.to(torch.bfloat16).float() if values.is_floating_point() else values.float())
-    if samples:
+    if samples and not any(s.is_meta for s in samples):  # on the meta device there are shapes only
         digest.update(torch.cat([s.cpu() for s in samples]).numpy().tobytes())
     return digest.hexdigest()

@@ -10,8 +10,9 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from cola_kernels import lora_linear
 from torch import Tensor, nn
+
+from cola_kernels import lora_linear
 
 from .errors import UserError
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cola_kernels import FoldReport
 from torch import Tensor
+
+from cola_kernels import FoldReport
 
 from . import peft_format, store
 from .errors import UserError
@@ -93,9 +94,7 @@ def folder_name(index: int) -> str:
     return f"links/{index:03d}"
 
 
-def initial_factors(
-    shape: tuple[int, int], rank: int, dtype: torch.dtype, seed: int
-) -> tuple[Tensor, Tensor]:
+def initial_factors(shape: tuple[int, int], rank: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
     """COLA's and LoRA's start: A Kaiming-uniform as PEFT draws it, B = 0, so the model's function is unchanged.
 
     Drawn on the CPU from its own generator: the same on every device, and independent of what else used the global one.

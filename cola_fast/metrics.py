@@ -24,7 +24,11 @@ class JsonLines:
     def __init__(self, run: Path, *, resume_step: int, link: int) -> None:
         self.path = run / FILE
         if self.path.exists():
-            kept = [row for row in read(run) if row["step"] <= resume_step and (row["event"] != "knot" or row["link"] < link)]
+            kept = [
+                row
+                for row in read(run)
+                if row["step"] <= resume_step and (row["event"] != "knot" or row["link"] < link)
+            ]
             store.write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115: open for the whole run
 

@@ -23,7 +23,7 @@ def dry_run(config: Config) -> str:
     model = load_empty_model(config.model)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
-    schedule, sampler = prepare(config, data)
+    schedule, feed = prepare(config, data)
     c, t = config.chain, config.train
     chain = attach(
         model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rank_pattern=c.rank_pattern,
@@ -33,12 +33,14 @@ def dry_run(config: Config) -> str:
     dtype = resolve_dtype(config.model.dtype, device)
     length = data.max_length if t.packing else max(map(len, data.train))
     labelled = max(sum(label >= 0 for label in example.labels) for example in data.train)
-    need = estimate(chain, model, dtype=dtype, batch=t.batch_size, length=length, logits=length if t.packing else labelled)
+    need = estimate(
+        chain, model, dtype=dtype, batch=t.batch_size, length=length, logits=length if t.packing else labelled
+    )
     lines = [
         f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')} on {device}",
         f"link       {len(chain.layers)} modules, {need.trained:,} trainable parameters ({need.trained / need.total:.2%})",
         *(f"data       {note}" for note in data.notes),
-        f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} sequences, {len(sampler)} batches an epoch, "
+        f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} sequences, {len(feed)} batches an epoch, "
         f"lr {config.schedule.lr:g} {config.schedule.lr_shape}, {config.schedule.lr_span}",
     ]
     step = 0
@@ -49,7 +51,9 @@ def dry_run(config: Config) -> str:
     if need.activations is None:
         lines.append("           activations: this model cannot be traced without weights, so they are not estimated")
     elif t.activation_checkpointing:
-        lines.append("           activations: far below the " + _size(need.activations) + " of a run without checkpointing")
+        lines.append(
+            "           activations: far below the " + _size(need.activations) + " of a run without checkpointing"
+        )
     else:
         shape = f"{t.batch_size} x {length} tokens"
         lines.append(f"           activations {_size(need.activations)} ({shape}, the longest batch)")
@@ -76,7 +80,9 @@ def score_run(folder: str | Path, *, best: bool = False) -> list[dict[str, Any]]
 
     def score(name: str, scored: Any, **more: Any) -> None:
         result = evaluate(scored, data.test, batch_size=config.train.eval_batch_size)
-        rows.append({"model": name, "loss": result.loss, "accuracy": result.accuracy, "examples": result.examples, **more})
+        rows.append(
+            {"model": name, "loss": result.loss, "accuracy": result.accuracy, "examples": result.examples, **more}
+        )
 
     score("base", model)
     chain = load_chain(model, run, links=0)
@@ -114,7 +120,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = [[columns[key][0] for key in used]]
     cells += [["" if row.get(key) is None else columns[key][1](row[key]) for key in used] for row in rows]  # type: ignore[operator]
     widths = [max(len(line[i]) for line in cells) for i in range(len(used))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in cells]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -149,7 +158,9 @@ def describe(folder: str | Path) -> str:
     record, state = read_record(run), load_state(run)
     base = record["base"]
     lines = [
-        f"base     {base['name']}" + (f" at {base['revision']}" if base["revision"] else "") + f", {record['base_kind']}",
+        f"base     {base['name']}"
+        + (f" at {base['revision']}" if base["revision"] else "")
+        + f", {record['base_kind']}",
         f"modules  {len(record['modules'])}, alpha {record['alpha']:g}, dropout {record['dropout']:g}, seed {record['seed']}",
     ]
     for entry in record["links"]:

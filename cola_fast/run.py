@@ -1,6 +1,6 @@
 """A run folder: who may write in it, and which configuration it belongs to.
 
-    config.yaml  chain.json  links/  state/  best/  metrics.jsonl  curves.png
+config.yaml  chain.json  links/  state/  best/  metrics.jsonl  curves.png
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import contextlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
 
 from . import config as configuration
 from . import store
@@ -83,5 +82,3 @@ def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
         name = f"{path}.{key}" if path else key
         flat |= flatten(value, name) if isinstance(value, dict) else {name: value}
     return flat
-
-

@@ -62,4 +62,6 @@ def plan(config: ScheduleConfig, *, rank: int, steps_per_epoch: int) -> Schedule
         ends.append(previous)
     starts = [0, *ends[:-1]]
     ranks = config.ranks or (rank,) * config.links
-    return Schedule(tuple(Span(i, e - s, r) for i, (s, e, r) in enumerate(zip(starts, ends, ranks, strict=True))), config)
+    return Schedule(
+        tuple(Span(i, e - s, r) for i, (s, e, r) in enumerate(zip(starts, ends, ranks, strict=True))), config
+    )

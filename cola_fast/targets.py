@@ -73,7 +73,9 @@ def _matching(pattern: str, names: Iterable[str], what: str = "target") -> list[
         try:
             found = [name for name in names if re.fullmatch(pattern, name)]
         except re.error as error:
-            raise UserError(f"The {what} {pattern!r} is neither a module name nor a regular expression ({error}).") from None
+            raise UserError(
+                f"The {what} {pattern!r} is neither a module name nor a regular expression ({error})."
+            ) from None
     if not found:
         leaves = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit())
         hint = near(pattern, names if "." in pattern else leaves) or f" The model has: {', '.join(list(leaves)[:12])}."

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import metrics, plot
-from .batches import Sampler, batch_loss, check_packing
+from .batches import Feed, batch_loss, check_packing, check_padding, wants_flat
 from .best import save_best
 from .chain import Chain, attach, load_chain, load_state
 from .config import Config, TrainConfig
@@ -78,9 +78,8 @@ def train(config: Config, *, quiet: bool = False) -> Result:
         model = load_model(config.model)
         tokenizer = load_tokenizer(config.model)
         data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
-        schedule, sampler = prepare(config, data)
-        if config.train.packing:
-            check_packing(model)
+        schedule, feed = prepare(config, data, flat=wants_flat(model))
+        (check_packing if config.train.packing else check_padding)(model)
         resuming = run.started
         if resuming:
             chain = load_chain(model, run.path)
@@ -95,11 +94,11 @@ def train(config: Config, *, quiet: bool = False) -> Result:
         if not quiet:
             for note in data.notes:
                 print(f"data: {note}", file=sys.stderr)
-        loop = _Loop(config, run.path, model, chain, data, schedule, sampler, state, quiet)
+        loop = _Loop(config, run.path, model, chain, data, schedule, feed, state, quiet)
         return loop.run()
 
 
-def prepare(config: Config, data: Data) -> tuple[Schedule, Sampler]:
+def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule, Feed]:
     """The data's order and the schedule that follows from its length."""
     t = config.train
     if not data.train:
@@ -107,9 +106,9 @@ def prepare(config: Config, data: Data) -> tuple[Schedule, Sampler]:
     if (config.schedule.plateau or t.early_stop) and not data.eval:
         key = "schedule.plateau" if config.schedule.plateau else "train.early_stop"
         raise UserError(f"{key} needs a validation set: set data.eval or data.eval_share.")
-    sampler = Sampler(data.train, config)
-    steps_per_epoch = math.ceil(len(sampler) / t.accumulation)
-    return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), sampler
+    feed = Feed(data.train, t, max_length=data.max_length, flat=flat)
+    steps_per_epoch = math.ceil(len(feed) / t.accumulation)
+    return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), feed
 
 
 class _Loop:
@@ -121,12 +120,12 @@ class _Loop:
         chain: Chain,
         data: Data,
         schedule: Schedule,
-        sampler: Sampler,
+        feed: Feed,
         state: dict[str, Any] | None,
         quiet: bool,
     ) -> None:
         self.config, self.path, self.model, self.chain = config, run, model, chain
-        self.data, self.schedule, self.sampler, self.quiet = data, schedule, sampler, quiet
+        self.data, self.schedule, self.feed, self.quiet = data, schedule, feed, quiet
         self.device = next(model.parameters()).device
         self.at = Position()
         self.resumed = state is not None
@@ -148,7 +147,9 @@ class _Loop:
         self.logged_tokens, self.logged_at = self.at.tokens, time.perf_counter()
         self.loggers: list[metrics.Logger] = [metrics.JsonLines(self.path, resume_step=self.at.step, link=self.at.link)]
         self.loggers += [metrics.LOGGERS[name](self.path) for name in self.config.train.loggers]
-        self.bar = tqdm(total=self.schedule.total, initial=self.at.step, unit="step", disable=True if self.quiet else None)
+        self.bar = tqdm(
+            total=self.schedule.total, initial=self.at.step, unit="step", disable=True if self.quiet else None
+        )
         with _signals() as self.signals:
             try:
                 if not self.resumed:
@@ -182,7 +183,7 @@ class _Loop:
     def _step(self) -> None:
         assert self.optimizer is not None
         at, t = self.at, self.config.train
-        batches = [self.sampler.next() for _ in range(t.accumulation)]
+        batches = [next(self.feed) for _ in range(t.accumulation)]
         labelled = sum(batch.labelled for batch in batches)  # the mean is over the step's tokens, not over its batches
         loss = torch.zeros((), device=self.device)
         for batch in batches:
@@ -244,8 +245,9 @@ class _Loop:
         if not self.data.eval:
             return
         self._check_losses()
-        at = self.at
+        at, began = self.at, time.perf_counter()
         self.score = evaluate(self.model, self.data.eval, batch_size=self.config.train.eval_batch_size)
+        self.logged_at += time.perf_counter() - began  # tokens per second are those of training
         self._log({"event": "eval", "step": at.step, "link": at.link, **asdict(self.score)})
         self._say(f"step {at.step}: validation {self.score}")
         if at.step == 0:
@@ -264,10 +266,13 @@ class _Loop:
     def _save(self) -> None:
         self._check_losses()
         self.at.seconds = time.perf_counter() - self.started
-        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        rng = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
         extra = {
             "position": asdict(self.at),
-            "sampler": self.sampler.state_dict(),
+            "feed": self.feed.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
             "rng": rng,
         }
@@ -275,7 +280,7 @@ class _Loop:
 
     def _restore(self, extra: dict[str, Any]) -> None:
         self.at = Position(**extra["position"])
-        self.sampler.load_state_dict(extra["sampler"])
+        self.feed.load_state_dict(extra["feed"])
         self.optimizer_state = extra["optimizer"]
         torch.set_rng_state(extra["rng"]["cpu"])
         if torch.cuda.is_available() and extra["rng"]["cuda"]:
@@ -288,7 +293,9 @@ class _Loop:
         losses = torch.stack([loss for _, loss in self.pending]).tolist()
         for (step, _), loss in zip(self.pending, losses, strict=True):
             if not math.isfinite(loss):
-                kept = "nothing had been saved" if self.chain.folder is None else f"{self.path} keeps its last good state"
+                kept = (
+                    "nothing had been saved" if self.chain.folder is None else f"{self.path} keeps its last good state"
+                )
                 raise UserError(
                     f"The loss became {loss} at step {step}: training stopped, {kept}. Lower schedule.lr, add "
                     "schedule.warmup, or look for a bad row in the data."
