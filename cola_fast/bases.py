@@ -15,7 +15,7 @@ class Base(Protocol):
     kind: str
     rounding: str
 
-    def fold(self, layer: LoRALinear, factors: Factors, seed: int) -> FoldReport:
+    def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
         """Make `factors` part of the layer's base. The same arguments on the same base give the same bits."""
         ...
 
@@ -28,19 +28,10 @@ class DenseBase:
     def __init__(self, rounding: str) -> None:
         self.rounding = rounding
 
-    def fold(self, layer: LoRALinear, factors: Factors, seed: int) -> FoldReport:
-        device = layer.weight.device
-        report = merge_(
-            layer.weight.data,
-            factors.a.to(device),
-            factors.b.to(device),
-            factors.scale,
-            rounding=self.rounding,
-            seed=seed,
-            report=True,
-        )
-        assert report is not None
-        return report
+    def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
+        weight = layer.weight.data
+        a, b = factors.a.to(weight.device), factors.b.to(weight.device)
+        return merge_(weight, a, b, factors.scale, rounding=self.rounding, seed=seed, report=report)
 
 
 def choose_base(kind: str, rounding: str) -> Base:

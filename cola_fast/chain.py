@@ -22,7 +22,7 @@ from .bases import Base, choose_base
 from .errors import UserError
 from .identity import base_identity, fingerprint
 from .layer import LoRALinear, factor_dtype
-from .link import SealedLink, derive_seed, folder_name, initial_factors
+from .link import SealedLink, derive_seed, folder_name, initial_factors, summarise
 from .peft_format import Factors
 from .targets import assign_ranks, select_modules, short_targets
 
@@ -243,13 +243,19 @@ class Chain:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _fold(self, link: SealedLink) -> None:
-        """From the sealed bytes, as a replay does, so that both give the same weights. Idempotent by link index."""
+        """From the sealed bytes, as a replay does, so that both give the same weights. Idempotent by link index. What it
+        kept is measured once, at the tie."""
+        reports = {}
         for name, factors in link.factors().items():
             layer = self.layers[name]
             if layer.folded == link.index:
                 seed = derive_seed(self.settings.seed, "fold", link.index, name)
-                link.report[name] = self.base.fold(layer, factors, seed)
+                report = self.base.fold(layer, factors, seed, report=not link.fold)
                 layer.folded += 1
+                if report is not None:
+                    reports[name] = report
+        if reports:
+            link.fold = summarise(reports)
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         return {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}

@@ -28,7 +28,7 @@ class SealedLink:
     files: dict[str, str]  # file name -> sha256
     contents: dict[str, bytes] | None  # the files themselves, while there is no folder
     folder: Path | None = None
-    report: dict[str, FoldReport] = field(default_factory=dict)  # module -> what folding kept
+    fold: dict[str, Any] = field(default_factory=dict)  # what folding it kept, see `summarise`; empty until then
 
     @classmethod
     def seal(cls, index: int, factors: Mapping[str, Factors], **peft: Any) -> SealedLink:
@@ -57,18 +57,6 @@ class SealedLink:
         """Module -> factors on the CPU, checked against the hashes. Raises UserError for a damaged file."""
         return peft_format.decode(self._read())
 
-    def summary(self) -> dict[str, Any]:
-        """Means over the modules, and the module that kept least."""
-        if not self.report:
-            return {}
-        count = len(self.report)
-        worst = min(self.report, key=lambda name: self.report[name].retained)
-        return {
-            "retained": sum(r.retained for r in self.report.values()) / count,
-            "error": sum(r.error for r in self.report.values()) / count,
-            "least_retained": [worst, self.report[worst].retained],
-        }
-
     def record(self) -> dict[str, Any]:
         """Its entry in chain.json."""
         return {
@@ -76,18 +64,29 @@ class SealedLink:
             "folder": folder_name(self.index),
             "ranks": self.ranks,
             "sha256": self.files,
-            "fold": self.summary(),
+            "fold": self.fold,
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], run: Path) -> SealedLink:
-        return cls(record["index"], dict(record["ranks"]), dict(record["sha256"]), None, run / record["folder"])
+        folder = run / record["folder"]
+        return cls(record["index"], dict(record["ranks"]), dict(record["sha256"]), None, folder, dict(record["fold"]))
 
     def _read(self) -> dict[str, bytes]:
         if self.contents is not None:
             return self.contents
         assert self.folder is not None
         return {name: store.read_checked(self.folder / name, digest) for name, digest in self.files.items()}
+
+
+def summarise(reports: Mapping[str, FoldReport]) -> dict[str, Any]:
+    """Means over the modules, and the module that kept least."""
+    worst = min(reports, key=lambda name: reports[name].retained)
+    return {
+        "retained": sum(r.retained for r in reports.values()) / len(reports),
+        "error": sum(r.error for r in reports.values()) / len(reports),
+        "least_retained": [worst, reports[worst].retained],
+    }
 
 
 def folder_name(index: int) -> str:

@@ -226,7 +226,7 @@ class _Loop:
             self._save()
             self.chain.tie()
         link = self.chain.links[at.link]
-        self._log({"event": "knot", "step": at.step, "link": at.link, "sha256": link.sha256, **link.summary()})
+        self._log({"event": "knot", "step": at.step, "link": at.link, "sha256": link.sha256, **link.fold})
         if self.config.schedule.optimizer_state == "keep":
             self.optimizer_state = self.optimizer.state_dict() if self.optimizer else self.optimizer_state
         else:
