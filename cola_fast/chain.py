@@ -103,6 +103,7 @@ class Chain:
         self.links: list[SealedLink] = []
         self.open_link: OpenLink | None = None
         self.folder: Path | None = None
+        self._recorded: dict[str, Any] | None = None  # chain.json as last written
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self._targets = short_targets(model, modules)
         self.layers = _wrap_all(modules)
@@ -216,8 +217,8 @@ class Chain:
             folder.mkdir(parents=True, exist_ok=True)
             for link in self.links:
                 link.write(folder / folder_name(link.index))
-            self._write_record(self.links, folder)
-            self.folder = folder
+        self.folder = folder
+        self._write_record(self.links)
         states = _state_files(folder)
         number = int(states[-1].stem) + 1 if states else 0
         (folder / "state").mkdir(exist_ok=True)
@@ -280,9 +281,8 @@ class Chain:
             "dropout": self.settings.dropout,
         }
 
-    def _write_record(self, links: Sequence[SealedLink], folder: Path | None = None) -> None:
-        folder = folder or self.folder
-        assert folder is not None
+    def _write_record(self, links: Sequence[SealedLink]) -> None:
+        assert self.folder is not None
         settings = self.settings
         record = {
             "format": FORMAT,
@@ -297,7 +297,9 @@ class Chain:
             "modules": {name: list(shape) for name, shape in self._shapes().items()},
             "links": [link.record() for link in links],
         }
-        store.write_file(folder / CHAIN_FILE, store.to_json(record))
+        if record != self._recorded:
+            store.write_file(self.folder / CHAIN_FILE, store.to_json(record))
+            self._recorded = record
 
 
 def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None) -> Chain:
@@ -327,7 +329,7 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     base = choose_base(record["base_kind"], record["rounding"])
     chain = Chain(model, select_modules(model, pattern), base, settings, record["base"])
     chain.folder = folder
-    chain.waiting = sealed
+    chain.waiting, chain._recorded = sealed, record
     chain.replay(len(sealed) if links is None else links)
     if state is not None and state["open"] == len(chain.links):
         chain.open_with({name: Factors(*f) for name, f in state["factors"].items()})

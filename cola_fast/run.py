@@ -54,6 +54,7 @@ class Run:
             self._require_same_config()
         self.path.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(store.lock(self.path))
+        store.sweep(self.path)
         if not others:
             store.write_file(self.path / CONFIG_FILE, configuration.to_yaml(self.config).encode())
         self._claimed = True

@@ -115,6 +115,12 @@ def lock(folder: Path) -> Iterator[None]:
         held.release()
 
 
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted write left behind. Only for the process that holds the folder's lock."""
+    for path in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _write_synced(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
