@@ -137,12 +137,10 @@ def require_parity(
 
 def require_close(what: str, ours: Sequence[float], theirs: Sequence[float], *, tolerance: float) -> float:
     """The largest relative difference of two equally long rows of numbers. Raises ParityError above the tolerance."""
-    worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-    if not worst <= tolerance:
-        raise ParityError(
-            f"{what}: {list(ours)} against {list(theirs)} differ by {worst:.1e}, {tolerance:.0e} allowed."
-        )
-    return worst
+    differences = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
+    if not all(difference <= tolerance for difference in differences):  # max() would pass over a NaN
+        raise ParityError(f"{what}: {list(ours)} against {list(theirs)}, where {tolerance:.0e} is allowed.")
+    return max(differences)
 
 
 # --- environment and results ------------------------------------------------------------------------------------------
@@ -159,7 +157,8 @@ def environment() -> dict[str, Any]:
         "device": name,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": torch.backends.cpu.get_cpu_capability()
+        + (", AMX" if torch.cpu._is_amx_tile_supported() else ""),
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{package: _version(package) for package in VERSIONS},

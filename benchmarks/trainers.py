@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
@@ -33,7 +31,7 @@ from torch import Tensor
 from cola_fast import assets, attach, config, metrics, models, trainer
 from cola_fast.batches import Batch, Feed, collate
 from cola_fast.config import Config
-from cola_fast.data import Example, load_data
+from cola_fast.data import IGNORE, Example, load_data
 from cola_fast.peft_format import Factors
 
 from . import harness
@@ -55,7 +53,7 @@ class Problem:
         self.config = _configure(steps, dtype)
         transformers.utils.logging.disable_progress_bar()
         model = models.load_model(self.config.model)
-        self.attention = str(model.config._attn_implementation)
+        self.attention = getattr(model.config, "_attn_implementation", "")
         tokenizer = models.load_tokenizer(self.config.model)
         data = load_data(self.config.data, tokenizer, context=models.context_length(model), seed=self.config.train.seed)
         order = islice(self._feed(data.train, data.max_length).sampler, steps)
@@ -81,16 +79,20 @@ def ours(problem: Problem, *, each_loss: bool = False) -> Times:
     return Times(problem.tokens / rows[-1]["tokens_per_second"], losses)
 
 
-@contextmanager
-def all_logits() -> Iterator[None]:
-    """Let our trainer compute the logits of every position, to see what leaving most of them out is worth."""
+class _EveryPosition(Feed):
+    """Batches that ask for the logits of every position, and for the loss there, ignored where there is no label."""
 
-    def everywhere(model: torch.nn.Module, batch: Batch) -> Tensor:
-        positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-        return models.needed_logits(model, replace(batch, positions=positions))[:, batch.positions]
+    def __next__(self) -> Batch:
+        batch = super().__next__()
+        targets = torch.full_like(batch.input_ids, IGNORE)
+        targets[:, batch.positions] = batch.targets
+        return replace(batch, positions=torch.arange(targets.shape[1]), targets=targets)
 
-    with patch.object(trainer, "needed_logits", everywhere):
-        yield
+
+def ours_all_logits(problem: Problem) -> Times:
+    """Our trainer without its leaving out of logits, to see what that is worth."""
+    with patch.object(trainer, "Feed", _EveryPosition):
+        return ours(problem)
 
 
 def theirs(problem: Problem, *, each_loss: bool = False) -> Times:
@@ -177,7 +179,7 @@ def _arguments(problem: Problem, folder: str, *, logging_steps: int) -> Any:
 def _inputs(examples: list[Example]) -> dict[str, Tensor]:
     """A batch of ours as a model of transformers takes it: the token at i + 1 is the label of place i + 1."""
     batch = collate([[example] for example in examples])
-    labels = torch.full_like(batch.input_ids, -100)
+    labels = torch.full_like(batch.input_ids, IGNORE)
     labels[:, batch.positions + 1] = batch.targets
     inputs = {"input_ids": batch.input_ids, "labels": labels}
     optional = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}

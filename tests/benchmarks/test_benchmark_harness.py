@@ -41,7 +41,7 @@ def test_ratios_are_of_pairs_not_of_medians() -> None:
 
 
 def test_unpaired_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="zip"):
         Spread.of_ratio([1.0], [1.0, 2.0])
 
 
