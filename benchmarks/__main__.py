@@ -38,6 +38,9 @@ def _run(name: str, out: Path | None, quick: bool) -> int:
     except harness.ParityError as error:
         print(f"No numbers, because the sides do not agree. {error}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        print(f"{name} needs what it compares with: pip install -e '.[demo,peers]' ({error}).", file=sys.stderr)
+        return 1
     result = {"suite": name, "quick": quick, "environment": env, **measured}
     if out is None and not quick:
         out = harness.result_path(name, env)
