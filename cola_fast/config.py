@@ -6,6 +6,7 @@ Reading order: the dataclasses are the documentation of every key; `load` builds
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import types
@@ -132,7 +133,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The same from a mapping of the YAML's shape."""
-    chosen = _merge({}, raw)
+    chosen = copy.deepcopy(dict(raw))
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:
@@ -320,11 +321,15 @@ def _full_key(key: str) -> str:
 
 
 def _nearest_key(key: str, path: str, siblings: Any) -> str:
-    """Siblings first, then the same word in another section, then anything near."""
-    elsewhere = [k for k in _keys() if k.split(".")[-1] == key.split(".")[-1]]
-    if elsewhere:
-        return f" Did you mean {', '.join(elsewhere)}?"
-    return near(key, [str(s) for s in siblings]) or near(_join(path, key), _keys())
+    """The same word in another section, else a near sibling, else a near key anywhere."""
+    leaves = {k.split(".")[-1]: k for k in _keys()}
+    last = key.split(".")[-1]
+    if last in leaves and last not in siblings:
+        return f" Did you mean {', '.join(k for k in _keys() if k.split('.')[-1] == last)}?"
+    hint = near(key, [str(s) for s in siblings]) or near(_join(path, key), _keys())
+    if hint or not (found := near(last, leaves, count=1)):
+        return hint
+    return found.replace(word := found.split()[-1].rstrip("?"), leaves[word])
 
 
 def _join(path: str, key: str) -> str:

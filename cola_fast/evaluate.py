@@ -25,7 +25,7 @@ class Score:
 
 @torch.no_grad()
 def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int) -> Score:
-    """Leaves the model in the mode it was in. Draws no random numbers, so training goes on as if it had not happened."""
+    """Leaves the model in its mode and draws no random numbers: training goes on as if it had not happened."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device

@@ -25,7 +25,7 @@ def fingerprint(model: nn.Module) -> str:
     """sha256 over names, shapes and `SAMPLES` evenly spaced values of every parameter.
 
     Floating-point values are compared in bf16, so that a checkpoint has one fingerprint whether it is loaded as fp32 or
-    bf16. Reading samples keeps it fast on any size; another checkpoint or another fine-tune differs in nearly all of them.
+    bf16. Reading samples keeps it fast on any size; another checkpoint, or a fine-tune, differs in nearly all of them.
     """
     digest = hashlib.sha256()
     samples = []

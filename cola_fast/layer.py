@@ -18,7 +18,7 @@ from .errors import UserError
 
 
 class LoRALinear(nn.Linear):
-    """`y = x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ + bias` with W [N, K] and bias frozen, lora_A [R, K] and lora_B [N, R] trained.
+    """`y = x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ + bias`: W [N, K] and bias frozen, lora_A [R, K] and lora_B [N, R] trained.
 
     Between `close` and `open` there is no link and it is the plain linear. Dropout acts in training mode only.
     """

@@ -1,4 +1,4 @@
-"""The registry of chain methods. A method is data: defaults for the configuration's slots, nothing the loop branches on."""
+"""The registry of chain methods. A method is data: defaults for the configuration's slots, never a branch in a loop."""
 
 from __future__ import annotations
 

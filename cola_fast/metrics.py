@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +32,7 @@ class JsonLines:
                 if row["step"] <= resume_step and (row["event"] != "knot" or row["link"] < link)
             ]
             store.write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115: open for the whole run
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def log(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
@@ -42,10 +44,8 @@ class JsonLines:
 
 class TensorBoard:
     def __init__(self, run: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("The logger tensorboard is not installed: pip install 'cola_fast[loggers]'.") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(run / "tensorboard"))
 
     def log(self, row: dict[str, Any]) -> None:
@@ -59,10 +59,8 @@ class TensorBoard:
 
 class Trackio:
     def __init__(self, run: Path) -> None:
-        try:
-            import trackio
-        except ImportError:
-            raise UserError("The logger trackio is not installed: pip install 'cola_fast[loggers]'.") from None
+        import trackio
+
         self.trackio = trackio
         trackio.init(project="cola_fast", name=run.name)
 
@@ -75,6 +73,13 @@ class Trackio:
 
 
 LOGGERS = {"tensorboard": TensorBoard, "trackio": Trackio}
+
+
+def require(names: Iterable[str]) -> None:
+    """Refuse a logger that is not installed, before anything is written."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"The logger {name} is not installed: pip install 'cola_fast[loggers]'.")
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-from . import metrics
+from . import metrics, store
 
 FILE = "curves.png"
 _TRAIN, _EVAL, _ACCURACY, _KNOT = "#9aa5b1", "#1f5fa8", "#c2571a", "#444444"
@@ -44,9 +45,10 @@ def draw(run: Path) -> Path:
         )  # fmt: skip
     axes[-1].set_xlabel("optimizer step")
     figure.suptitle(run.name, fontsize=10)
-    temporary = run / f".{FILE}.tmp.png"
-    figure.savefig(temporary, dpi=150)
-    return temporary.replace(run / FILE)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150)
+    store.write_file(run / FILE, image.getvalue())
+    return run / FILE
 
 
 def _line(axis: Any, rows: list[dict[str, Any]], key: str, color: str, label: str, **style: Any) -> None:

@@ -37,10 +37,10 @@ def dry_run(config: Config) -> str:
         chain, model, dtype=dtype, batch=t.batch_size, length=length, logits=length if t.packing else labelled
     )
     lines = [
-        f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')} on {device}",
-        f"link       {len(chain.layers)} modules, {need.trained:,} trainable parameters ({need.trained / need.total:.2%})",
+        f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {dtype} on {device}",
+        f"link       {len(chain.layers)} layers, {need.trained:,} trainable parameters ({need.trained / need.total:.1%})",
         *(f"data       {note}" for note in data.notes),
-        f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} sequences, {len(feed)} batches an epoch, "
+        f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(feed)} batches an epoch, "
         f"lr {config.schedule.lr:g} {config.schedule.lr_shape}, {config.schedule.lr_span}",
     ]
     step = 0
@@ -161,7 +161,7 @@ def describe(folder: str | Path) -> str:
         f"base     {base['name']}"
         + (f" at {base['revision']}" if base["revision"] else "")
         + f", {record['base_kind']}",
-        f"modules  {len(record['modules'])}, alpha {record['alpha']:g}, dropout {record['dropout']:g}, seed {record['seed']}",
+        f"modules  {len(record['modules'])}, alpha {record['alpha']:g}, dropout {record['dropout']:g}",
     ]
     for entry in record["links"]:
         fold = entry["fold"]

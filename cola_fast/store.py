@@ -82,7 +82,7 @@ def read_checked(path: Path, digest: str) -> bytes:
         raise UserError(f"{path} is missing: restore it from a copy, the chain cannot be rebuilt without it.") from None
     if sha256(data) != digest:
         raise UserError(
-            f"{path} is not the file this chain sealed (its sha256 differs from chain.json): it was truncated or edited; "
+            f"{path} is not the file this chain sealed (its sha256 differs): it was truncated or edited, "
             "restore it from a copy."
         )
     return data

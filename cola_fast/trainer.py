@@ -89,6 +89,8 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
                 seed=config.train.seed, rank_pattern=c.rank_pattern, first_rank=schedule.spans[0].rank,
             )  # fmt: skip
+        for span in schedule.spans:
+            chain.ranks(span.rank)
         run.claim()
         state = load_state(run.path) if resuming else None
         if not quiet:
@@ -101,6 +103,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
 def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule, Feed]:
     """The data's order and the schedule that follows from its length."""
     t = config.train
+    metrics.require(t.loggers)
     if not data.train:
         raise UserError("The training set is empty once the examples that do not fit have been dropped.")
     if (config.schedule.plateau or t.early_stop) and not data.eval:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from cola_kernels import merge_
 from torch import Tensor, nn
 
 from cola_fast import UserError, attach, load_chain
 from cola_fast.bases import DenseBase
 from cola_fast.layer import LoRALinear
+from cola_kernels import merge_
 
 from ..conftest import disturb, snapshot, tiny_llama
 
