@@ -272,8 +272,8 @@ class Chain:
     def _require_complete(self) -> None:
         if self.waiting:
             raise UserError(
-                f"This chain was loaded at an earlier point ({len(self.waiting)} links are left out) and can only be looked "
-                "at: load it whole to go on with it."
+                f"This chain was loaded at an earlier point ({len(self.waiting)} links are left out) and can only be "
+                "looked at: load it whole to go on with it."
             )
 
     def peft_fields(self) -> dict[str, Any]:

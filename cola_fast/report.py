@@ -36,9 +36,10 @@ def dry_run(config: Config) -> str:
     need = estimate(
         chain, model, dtype=dtype, batch=t.batch_size, length=length, logits=length if t.packing else labelled
     )
+    percent = f"{need.trained / need.total:.2%}"
     lines = [
         f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {dtype} on {device}",
-        f"link       {len(chain.layers)} layers, {need.trained:,} trainable parameters ({need.trained / need.total:.1%})",
+        f"link       {len(chain.layers)} layers, {need.trained:,} trainable parameters ({percent})",
         *(f"data       {note}" for note in data.notes),
         f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(feed)} batches an epoch, "
         f"lr {config.schedule.lr:g} {config.schedule.lr_shape}, {config.schedule.lr_span}",

@@ -136,6 +136,7 @@ class _Loop:
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimizer_state: dict[str, Any] | None = None  # to be loaded into the next optimizer
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at: reading one waits for the GPU
+        self.unlogged: list[float] = []  # losses of the steps since the last row of metrics
         torch.manual_seed(config.train.seed)
         if state is not None and state["extra"]:
             self._restore(state["extra"])
@@ -289,10 +290,10 @@ class _Loop:
         if torch.cuda.is_available() and extra["rng"]["cuda"]:
             torch.cuda.set_rng_state_all(extra["rng"]["cuda"])
 
-    def _check_losses(self) -> float | None:
-        """Mean of the losses since the last look. A loss that is not finite ends the run before anything is saved."""
+    def _check_losses(self) -> None:
+        """Look at the losses of the last steps. One that is not finite ends the run before anything is saved."""
         if not self.pending:
-            return None
+            return
         losses = torch.stack([loss for _, loss in self.pending]).tolist()
         for (step, _), loss in zip(self.pending, losses, strict=True):
             if not math.isfinite(loss):
@@ -304,10 +305,11 @@ class _Loop:
                     "schedule.warmup, or look for a bad row in the data."
                 )
         self.pending = []
-        return float(sum(losses) / len(losses))
+        self.unlogged += losses
 
     def _log_training(self, lr: float) -> None:
-        loss = self._check_losses()
+        self._check_losses()
+        loss, self.unlogged = sum(self.unlogged) / len(self.unlogged), []
         now = time.perf_counter()
         rate = (self.at.tokens - self.logged_tokens) / max(now - self.logged_at, 1e-9)
         self.logged_tokens, self.logged_at = self.at.tokens, now

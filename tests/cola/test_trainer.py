@@ -57,6 +57,15 @@ def test_it_learns_the_task_and_writes_everything(config_file: Callable[..., str
     assert config.load(run / "config.yaml") == config.load(config_file())
 
 
+def test_a_logged_loss_is_the_mean_since_the_last_row(config_file: Callable[..., str], tmp_path: Path) -> None:
+    for name, every in (("fine", 1), ("coarse", 4)):
+        train(config_file(out=str(tmp_path / name), train__log_every=every, schedule__links=1))
+    fine = [row["loss"] for row in rows(tmp_path / "fine", "train")]
+    coarse = {row["step"]: row["loss"] for row in rows(tmp_path / "coarse", "train")}
+    means = {1: fine[0], 4: sum(fine[1:4]) / 3, 8: sum(fine[4:8]) / 4, 12: sum(fine[8:12]) / 4}
+    assert coarse == pytest.approx(means)
+
+
 def test_the_same_seed_gives_the_same_links(config_file: Callable[..., str], tmp_path: Path) -> None:
     found = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -245,7 +254,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 
 def test_a_full_disk(config_file: Callable[..., str], tmp_path: Path) -> None:
-    """A real limit on file size, which link 1 exceeds and link 0 does not: the chain stays as it was, and goes on once there is room."""
+    """A real limit on file size, which link 1 exceeds and link 0 does not; the run goes on once there is room."""
     path = config_file(
         out=str(tmp_path / "whole"), chain__targets="all-linear", schedule__ranks=[1, 16, 1], schedule__steps=6
     )
