@@ -30,6 +30,7 @@ class Entry:
 
 
 SUITES = {
+    "demo": Entry("What does the demo reach, and how long does it take?", "benchmarks.demo"),
     "step_time": Entry(
         "How long do a LoRA linear and a whole training step take, beside PEFT and transformers' Trainer?",
         "benchmarks.step_time",

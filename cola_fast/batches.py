@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .data import IGNORE, Example
+from .encode import IGNORE, Example
 from .errors import UserError
 from .models import needed_logits
 

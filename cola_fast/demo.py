@@ -5,29 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from . import assets, config
+from .config import Config
 from .report import export_run, score_run, table
 
 
-def demo(overrides: Sequence[str], train: Callable[[Any], int]) -> int:
-    """Fetch, train three links, table the scores, write both exports. Running it again resumes or shows the result."""
+def demo_config(overrides: Sequence[str] = ()) -> Config:
+    """demo.yaml on the cached model and sentences, which are fetched if they are not there yet."""
     raw = yaml.safe_load(resources.files(__package__).joinpath("demo.yaml").read_text())
-    print("model and data: downloaded once and checked, then read from", assets.cache_folder(), flush=True)
     raw["model"]["name"] = str(assets.smollm2())
     raw["data"] |= {split: str(path) for split, path in assets.sentiment("movie").items()}
     raw["out"] = "runs/demo"
-    chosen = config.from_dict(raw, overrides)
+    return config.from_dict(raw, overrides)
+
+
+def demo(overrides: Sequence[str], train: Callable[[Config], int]) -> int:
+    """Fetch, train three links, table the scores, write both exports. Running it again resumes or shows the result."""
+    print("model and data: downloaded once and checked, then read from", assets.cache_folder(), flush=True)
+    chosen = demo_config(overrides)
     code = train(chosen)
     if code:
         return code
     run = Path(chosen.out)
-    print("\nscores on the test sentences, each model rebuilt from the run folder:\n")
-    print(table(score_run(run)))
+    print("\nscores on the test sentences, each model rebuilt from the run folder:\n", flush=True)
+    print(table(score_run(run)), flush=True)
     for to in ("adapter", "merged"):
         if not (run / "export" / to).exists():
-            print(export_run(run, to))
+            print(export_run(run, to), flush=True)
     return 0

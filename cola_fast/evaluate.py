@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .batches import batch_loss, candidate_scores, choice_batches, eval_batches, wants_flat
-from .data import Example
+from .encode import Example
 from .models import needed_logits
 
 

@@ -45,7 +45,7 @@ class LoRALinear(nn.Linear):
                 "would bypass the link: load the model without it."
             )
         layer = cast(LoRALinear, linear)
-        layer.__class__ = cls  # type: ignore[assignment]
+        layer.__class__ = cls
         layer.register_parameter("lora_A", None)
         layer.register_parameter("lora_B", None)
         layer.scale = layer.dropout = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +72,7 @@ class Trackio:
         self.trackio.finish()
 
 
-LOGGERS = {"tensorboard": TensorBoard, "trackio": Trackio}
+LOGGERS: dict[str, Callable[[Path], Logger]] = {"tensorboard": TensorBoard, "trackio": Trackio}
 
 
 def require(names: Iterable[str]) -> None:

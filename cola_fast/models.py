@@ -91,6 +91,15 @@ def needed_logits(model: nn.Module, batch: Any) -> Tensor:
     return cast(Tensor, logits)
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Recompute each block's activations in backward. transformers 5.23 renamed the method."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def forget_gguf(model: Any) -> None:
     """transformers keeps thinking a model read from GGUF is quantised, and then refuses to save it."""
     model.hf_quantizer, model.is_quantized = None, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -85,7 +86,8 @@ def _matching(pattern: str, names: Iterable[str], what: str = "target") -> list[
 
 def _heads(model: nn.Module) -> list[nn.Module]:
     """Output layers: what transformers calls the output embeddings, and classification heads outside the backbone."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     named = [getattr(model, name, None) for name in ("score", "classifier", "qa_outputs")]
     return [module for module in (head, *named) if isinstance(module, nn.Module)]
 

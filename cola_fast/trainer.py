@@ -32,9 +32,11 @@ from .config import Config, TrainConfig
 from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
-from .models import context_length, load_model, load_tokenizer, needed_logits
+from .models import checkpoint_activations, context_length, load_model, load_tokenizer, needed_logits
 from .run import Run
 from .schedule import Schedule, plan
+
+SECONDS_BETWEEN_LINES = 15
 
 
 @dataclass
@@ -141,7 +143,7 @@ class _Loop:
         if state is not None and state["extra"]:
             self._restore(state["extra"])
         if config.train.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         model.train()
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -149,6 +151,7 @@ class _Loop:
     def run(self) -> Result:
         self.started = time.perf_counter() - self.at.seconds
         self.logged_tokens, self.logged_at = self.at.tokens, time.perf_counter()
+        self.said_at = self.logged_at
         self.loggers: list[metrics.Logger] = [metrics.JsonLines(self.path, resume_step=self.at.step, link=self.at.link)]
         self.loggers += [metrics.LOGGERS[name](self.path) for name in self.config.train.loggers]
         self.bar = tqdm(
@@ -315,6 +318,10 @@ class _Loop:
         self.logged_tokens, self.logged_at = self.at.tokens, now
         row = {"event": "train", "step": self.at.step, "link": self.at.link, "loss": loss, "lr": lr}
         self._log({**row, "tokens_per_second": round(rate, 1), "seconds": round(now - self.started, 2)})
+        if self.bar.disable and now - self.said_at > SECONDS_BETWEEN_LINES:  # no terminal: lines instead of a bar
+            left = (self.schedule.total - self.at.step) * (now - self.started) / self.at.step
+            speed = f"loss {loss:.3f}, {rate:,.0f} tokens/s"
+            self._say(f"step {self.at.step} of {self.schedule.total}: {speed}, {left:.0f} s left")
         self.bar.set_description(f"link {self.at.link + 1} of {len(self.schedule.spans)}")
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
 
@@ -323,6 +330,7 @@ class _Loop:
             logger.log(row)
 
     def _say(self, line: str) -> None:
+        self.said_at = time.perf_counter()
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cola_fast import batches
 from cola_fast.batches import Batch, Feed, Sampler, batch_loss, candidate_scores, check_packing, choice_batches, collate
 from cola_fast.config import TrainConfig
-from cola_fast.data import IGNORE, Example
+from cola_fast.encode import IGNORE, Example
 from cola_fast.errors import UserError
 from cola_fast.models import needed_logits
 

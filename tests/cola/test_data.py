@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cola_fast.config import DataConfig
-from cola_fast.data import IGNORE, Data, Example, load_data
+from cola_fast.data import Data, load_data
+from cola_fast.encode import IGNORE, Example
 from cola_fast.errors import UserError
 
 CHAT = (
