@@ -31,7 +31,8 @@ from torch import Tensor
 from cola_fast import assets, attach, config, metrics, models, trainer
 from cola_fast.batches import Batch, Feed, collate
 from cola_fast.config import Config
-from cola_fast.encode import IGNORE, Example, load_data
+from cola_fast.data import load_data
+from cola_fast.encode import IGNORE, Example
 from cola_fast.peft_format import Factors
 
 from . import harness

@@ -115,7 +115,7 @@ class Chain:
     def extend(self, r: int | None = None) -> OpenLink:
         """Open the next link, of rank `r` (the chain's own when None; `rank_pattern` entries keep theirs)."""
         if self.open_link is not None:
-            raise UserError(f"Link {self.open_link.index} is still open: call tie() before extend().")
+            raise UserError("The last link is still open: call tie() before extend().")
         self._require_layers()
         ranks = self.ranks(r)
         index = len(self.links)

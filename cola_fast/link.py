@@ -36,8 +36,8 @@ class SealedLink:
         for name, f in factors.items():
             if not (torch.isfinite(f.a).all() and torch.isfinite(f.b).all()):
                 raise UserError(
-                    f"Link {index} holds NaN or infinite values in {name} and was not tied: go back to the last good "
-                    "state, and lower the learning rate."
+                    f"The open link ({folder_name(index)}) holds NaN or infinite values in {name} and was not tied: "
+                    "go back to the last good state, and lower the learning rate."
                 )
         contents = peft_format.encode(factors, **peft)
         ranks = {name: f.rank for name, f in factors.items()}

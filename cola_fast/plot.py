@@ -19,6 +19,7 @@ def draw(run: Path) -> Path:
     rows = metrics.read(run)
     train = [r for r in rows if r["event"] == "train"]
     evals = [r for r in rows if r["event"] == "eval"]
+    knots = [r for r in rows if r["event"] == "knot"]
     with_accuracy = any(r.get("accuracy") is not None for r in evals)
 
     figure = Figure(figsize=(8, 6 if with_accuracy else 3.6), layout="constrained")
@@ -27,22 +28,26 @@ def draw(run: Path) -> Path:
     _line(axes[0], train, "loss", _TRAIN, "training loss", linewidth=1)
     _line(axes[0], evals, "loss", _EVAL, "validation loss", marker="o")
     axes[0].set_ylabel("loss (nats per token)")
-    axes[0].set_ylim(bottom=0)
-    axes[0].legend(frameon=False, loc="upper right")
+    losses = [r["loss"] for r in (*train, *evals)]
+    if losses and min(losses) > 0 and max(losses) > 10 * min(losses):
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].yaxis.set_minor_formatter("{x:g}")
+    else:
+        axes[0].set_ylim(bottom=0)
     if with_accuracy:
         _line(axes[1], evals, "accuracy", _ACCURACY, "validation accuracy", marker="o")
-        axes[1].set_ylabel("accuracy")
-        axes[1].legend(frameon=False, loc="lower right")
+        axes[1].set_ylabel("validation accuracy")
+    axes[0].legend(frameon=False)
     for axis in axes:
-        for row in (r for r in rows if r["event"] == "knot"):
+        for row in knots:
             axis.axvline(row["step"], color=_KNOT, linestyle=":", linewidth=1)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
-    for row in (r for r in rows if r["event"] == "knot"):
-        axes[0].annotate(
-            f"link {row['link'] + 1} tied", (row["step"], 1), xycoords=("data", "axes fraction"), rotation=90,
-            ha="right", va="top", fontsize=8, color=_KNOT, xytext=(-2, -2), textcoords="offset points",
-        )  # fmt: skip
+    if len(knots) <= 10:
+        for row in knots:
+            place = {"xycoords": axes[0].get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            axes[0].annotate(f"link {row['link'] + 1} tied", (row["step"], 1.01), fontsize=8, color=_KNOT, **place)
     axes[-1].set_xlabel("optimizer step")
     figure.suptitle(run.name, fontsize=10)
     image = io.BytesIO()

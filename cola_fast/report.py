@@ -46,7 +46,8 @@ def dry_run(config: Config) -> str:
     ]
     step = 0
     for span in schedule.spans:
-        lines.append(f"  link {span.index}   steps {step + 1} to {step + span.steps}, rank {span.rank}")
+        place = f"link {span.index + 1} of {len(schedule.spans)}"
+        lines.append(f"  {place}   steps {step + 1} to {step + span.steps}, rank {span.rank}")
         step += span.steps
     lines.append(f"memory     weights {_size(need.weights)}, link with optimizer {_size(need.link)}")
     if need.activations is None:
@@ -91,13 +92,14 @@ def score_run(folder: str | Path, *, best: bool = False) -> list[dict[str, Any]]
         chain.replay(1)
         ranks = sorted(set(entry["ranks"].values()))
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        score(f"after link {entry['index']}", model, rank=rank, retained=entry["fold"].get("retained"))
+        count = entry["index"] + 1
+        score(f"after {count} link{'s' if count > 1 else ''}", model, rank=rank, retained=entry["fold"].get("retained"))
     chain.detach()
     del chain, model
     with tempfile.TemporaryDirectory() as temporary:
         chain = load_chain(load_model(config.model), run)
         if chain.open_link is not None:
-            score(f"with open link {chain.open_link.index}", chain.model)
+            score("with the open link", chain.model)
         target = chain.export_merged(Path(temporary) / "merged")
         del chain
         gc.collect()
@@ -169,10 +171,10 @@ def describe(folder: str | Path) -> str:
         kept = f", kept {fold['retained']:.4f} in the fold" if fold else ""
         digest = entry["sha256"]["adapter_model.safetensors"][:12]
         ranks = sorted(set(entry["ranks"].values()))
-        lines.append(f"link {entry['index']}   sealed, rank {'-'.join(map(str, ranks))}, sha256 {digest}{kept}")
+        lines.append(f"{entry['folder']}  sealed, rank {'-'.join(map(str, ranks))}, sha256 {digest}{kept}")
     position = (state or {}).get("extra", {}).get("position")
     if state is not None and state["open"] == len(record["links"]):
-        lines.append(f"link {state['open']}   open" + (f", at step {position['step']}" if position else ""))
+        lines.append("open link" + (f", at step {position['step']}" if position else ""))
     if position:
         lines.append(f"steps    {position['step']}, {position['tokens']:,} tokens, {position['seconds']:.0f} s")
     size = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())

@@ -50,7 +50,7 @@ def test_the_whole_way(config_file: Callable[..., str], tmp_path: Path, capsys: 
 
     plan = cola("train", path, "--dry-run", "schedule.links=2").stdout
     assert "link       4 layers, 448 trainable parameters" in plan
-    assert "link 1   steps 7 to 12, rank 2" in plan
+    assert "link 2 of 2   steps 7 to 12, rank 2" in plan
     assert "MiB" in plan
     assert "activations" in plan
     assert not run.exists()
@@ -66,7 +66,7 @@ def test_the_whole_way(config_file: Callable[..., str], tmp_path: Path, capsys: 
 
     rows = json.loads(cola("eval", str(run), "--best", "--json").stdout)
     assert [row["model"] for row in rows] == [
-        "base", "after link 0", "after link 1", "after link 2", "merged export", "best checkpoint",
+        "base", "after 1 link", "after 2 links", "after 3 links", "merged export", "best checkpoint",
     ]  # fmt: skip
     assert rows[3]["loss"] == pytest.approx(rows[4]["loss"], rel=1e-5)
     assert rows[3]["loss"] < rows[0]["loss"]
