@@ -57,7 +57,7 @@ class FactorGrad(Protocol):
 
 
 class Primitives(NamedTuple):
-    """What a backend implements. x and w share a dtype; the factors a, b, u, v may be of any other, and are used in x's."""
+    """What a backend implements. x and w share a dtype; the factors a, b, u and v are used in it whatever theirs."""
 
     project: Project
     seeded_matmul: SeededMatmul
@@ -66,12 +66,12 @@ class Primitives(NamedTuple):
 
 
 def make_function(ops: Primitives) -> type[Function]:
-    """The autograd Function over `ops`. Inputs: x, seed, scales, dropout, then G each of weight, lora_a, lora_b, bias."""
+    """The Function over `ops`. Its inputs: x, seed, scales, dropout; then all weights, lora_as, lora_bs, biases."""
 
     class LoRALinear(Function):
         @staticmethod
-        def forward(  # type: ignore[override]
-            ctx: Any, x: Tensor, seed: Tensor | None, scales: tuple[float, ...], dropout: float, *members: Tensor | None
+        def forward(
+            ctx: Any, x: Tensor, seed: Tensor | None, scales: tuple[float, ...], dropout: float, *members: Any
         ) -> tuple[Tensor, ...]:
             count, dtype = len(scales), x.dtype
             weights, lora_as, lora_bs, biases = (members[i * count : (i + 1) * count] for i in range(4))
@@ -90,7 +90,7 @@ def make_function(ops: Primitives) -> type[Function]:
 
         @staticmethod
         @once_differentiable
-        def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
             scales, dropout, count = ctx.scales, ctx.dropout, len(ctx.scales)
             x, s, seed, *members = ctx.saved_tensors
             weights, lora_as, lora_bs = (members[i * count : (i + 1) * count] for i in range(3))
@@ -155,7 +155,8 @@ def apply(
         check_lora_linear(x, weight, a, b, bias, dropout)
     mask_seed = as_seed(seed, x.device) if dropout > 0 else None
     members = (*weights, *lora_as, *lora_bs, *biases)
-    return function.apply(x, mask_seed, tuple(scales), dropout, *members)  # type: ignore[no-any-return]
+    ys: tuple[Tensor, ...] = function.apply(x, mask_seed, tuple(scales), dropout, *members)
+    return ys
 
 
 def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -168,4 +169,5 @@ def _ranks(lora_as: Sequence[Tensor]) -> list[int]:
 
 def _split(s: Tensor, lora_as: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The columns of S [M, sum of R] that belong to each member."""
-    return s.split(_ranks(lora_as), dim=1)
+    parts: tuple[Tensor, ...] = s.split(_ranks(lora_as), dim=1)
+    return parts

@@ -63,7 +63,7 @@ def lora_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit, dropout outside [0, 1), a weight that requires a gradient.
     """
-    (y,) = autograd.apply(_FUNCTION, x, [weight], [lora_a], [lora_b], [scale], [bias], dropout, seed)
+    (y,) = autograd.apply(FUNCTION, x, [weight], [lora_a], [lora_b], [scale], [bias], dropout, seed)
     return y
 
 
@@ -89,7 +89,7 @@ def lora_linear_group(
     Raises:
         ValueError: as `lora_linear`; lists of different lengths, or lora_as of different dtypes.
     """
-    return autograd.apply(_FUNCTION, x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
+    return autograd.apply(FUNCTION, x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
 
 
 def project(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
@@ -124,7 +124,7 @@ def factor_grad(ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtyp
     return torch.mm(ds.t(), _drop(x, dropout, seed)).to(dtype)  # [R, K]
 
 
-_FUNCTION = autograd.make_function(autograd.Primitives(project, seeded_matmul, output_grads, factor_grad))
+FUNCTION = autograd.make_function(autograd.Primitives(project, seeded_matmul, output_grads, factor_grad))
 
 
 def _drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:

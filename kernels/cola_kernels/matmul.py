@@ -1,0 +1,364 @@
+"""The large products of the LoRA linear in Triton: C = X W + undrop(scale · U V) + bias, for Y and for dX.
+
+    Y  = X Wᵀ + scale · S Bᵀ + bias      U = S [M, R],  V = Bᵀ [R, N]
+    dX = dY W + undrop(dS A)             U = dS [M, R], V = A [R, K]
+
+Two ways, and a tuned table says which:
+    addmm     one kernel writes C0 = undrop(scale · U V) + bias, then cuBLAS adds X W to it in place: reading C0 hides
+              behind a product that is bound by arithmetic. The rule where no table says otherwise.
+    gemm      one Triton kernel whose accumulator starts as C0, which is never written: persistent, its operands
+              fetched by the tensor memory accelerator (TMA) where the GPU and the strides allow, by pointers elsewhere.
+
+Letters: C [M, P], X [M, L], W [L, P]; so L is K for Y and N for dX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .backend import INTERPRET
+from .philox import dropout_threshold, inverse_keep
+from .tiles import dot, draws
+from .tuning import Config, Shape, bucket, choose, power_of_two
+
+MAX_RANK_BLOCK = 64  # of U V; a larger rank takes several
+
+
+@triton.jit
+def _seed_tile(
+    p_u,
+    p_v,
+    p_bias,
+    p_seed,
+    first_m,
+    first_p,
+    M,
+    P,
+    R,
+    stride_um,
+    stride_ur,
+    stride_vr,
+    stride_vp,
+    scale,
+    threshold,
+    DTYPE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BP: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """One tile of C0, in fp32."""
+    o_m = first_m.to(tl.int64) + tl.arange(0, BM)
+    o_p = first_p + tl.arange(0, BP)
+    in_p = o_p < P
+    acc = tl.zeros([BM, BP], tl.float32)
+    for r in range(0, R, BR):
+        o_r = r + tl.arange(0, BR)
+        in_r = o_r < R
+        m_u = (o_m < M)[:, None] & in_r[None, :]
+        b_u = tl.load(p_u + o_m[:, None] * stride_um + o_r[None, :] * stride_ur, mask=m_u, other=0.0)  # [BM, BR]
+        p_v_tile = p_v + o_r[:, None] * stride_vr + o_p.to(tl.int64)[None, :] * stride_vp
+        b_v = tl.load(p_v_tile, mask=in_r[:, None] & in_p[None, :], other=0.0)  # [BR, BP]
+        acc = dot(b_u.to(DTYPE), b_v.to(DTYPE), acc)
+    acc *= scale
+    if DROPOUT:
+        acc = tl.where(draws(p_seed, o_m, first_p, P, BP) >= threshold, acc, 0.0)
+    if BIAS:
+        acc += tl.load(p_bias + o_p, mask=in_p, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def _seed_kernel(
+    p_u,
+    p_v,
+    p_bias,
+    p_seed,
+    p_c,
+    M,
+    P,
+    R,
+    stride_um,
+    stride_ur,
+    stride_vr,
+    stride_vp,
+    scale,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BP: tl.constexpr,
+    BR: tl.constexpr,
+):
+    tiles_p = tl.cdiv(P, BP)
+    first_m = tl.program_id(0) // tiles_p * BM
+    first_p = tl.program_id(0) % tiles_p * BP
+    DTYPE: tl.constexpr = p_c.dtype.element_ty
+    acc = _seed_tile(
+        p_u,
+        p_v,
+        p_bias,
+        p_seed,
+        first_m,
+        first_p,
+        M,
+        P,
+        R,
+        stride_um,
+        stride_ur,
+        stride_vr,
+        stride_vp,
+        scale,
+        threshold,
+        DTYPE,
+        DROPOUT,
+        BIAS,
+        BM,
+        BP,
+        BR,
+    )
+    o_m = first_m.to(tl.int64) + tl.arange(0, BM)
+    o_p = first_p + tl.arange(0, BP)
+    m_c = (o_m < M)[:, None] & (o_p < P)[None, :]
+    tl.store(p_c + o_m[:, None] * P + o_p[None, :], acc.to(DTYPE), mask=m_c)
+
+
+@triton.jit
+def _gemm_kernel(
+    x,
+    w,
+    p_u,
+    p_v,
+    p_bias,
+    p_seed,
+    p_c,
+    M,
+    P,
+    L,
+    R,
+    stride_xm,
+    stride_xl,
+    stride_wl,
+    stride_wp,
+    stride_um,
+    stride_ur,
+    stride_vr,
+    stride_vp,
+    scale,
+    threshold,
+    TMA: tl.constexpr,
+    W_ROWS_ARE_P: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BP: tl.constexpr,
+    BL: tl.constexpr,
+    BR: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """x and w are descriptors with TMA, else pointers. With W_ROWS_ARE_P the weight lies in memory as [P, L]."""
+    DTYPE: tl.constexpr = p_c.dtype.element_ty
+    tiles_m = tl.cdiv(M, BM)
+    tiles_p = tl.cdiv(P, BP)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_p, tl.num_programs(0)):
+        # Tiles go down GROUP rows before the next column, so that those in flight share operands in L2.
+        band = tile // (GROUP * tiles_p)
+        band_rows = min(tiles_m - band * GROUP, GROUP)
+        in_band = tile % (GROUP * tiles_p)
+        first_m = (band * GROUP + in_band % band_rows) * BM
+        first_p = in_band // band_rows * BP
+        o_m = first_m.to(tl.int64) + tl.arange(0, BM)
+        o_p = first_p + tl.arange(0, BP)
+        acc = _seed_tile(
+            p_u,
+            p_v,
+            p_bias,
+            p_seed,
+            first_m,
+            first_p,
+            M,
+            P,
+            R,
+            stride_um,
+            stride_ur,
+            stride_vr,
+            stride_vp,
+            scale,
+            threshold,
+            DTYPE,
+            DROPOUT,
+            BIAS,
+            BM,
+            BP,
+            BR,
+        )
+        for first_l in range(0, L, BL):
+            if TMA:
+                b_x = x.load([first_m, first_l])  # [BM, BL]
+                b_w = w.load([first_p, first_l]).T if W_ROWS_ARE_P else w.load([first_l, first_p])  # [BL, BP]
+            else:
+                o_l = first_l + tl.arange(0, BL).to(tl.int64)
+                m_x = (o_m < M)[:, None] & (o_l < L)[None, :]
+                b_x = tl.load(x + o_m[:, None] * stride_xm + o_l[None, :] * stride_xl, mask=m_x, other=0.0)
+                p_w_tile = w + o_l[:, None] * stride_wl + o_p.to(tl.int64)[None, :] * stride_wp
+                b_w = tl.load(p_w_tile, mask=(o_l < L)[:, None] & (o_p < P)[None, :], other=0.0)
+            acc = dot(b_x, b_w, acc)
+        m_c = (o_m < M)[:, None] & (o_p < P)[None, :]
+        tl.store(p_c + o_m[:, None] * P + o_p[None, :], acc.to(DTYPE), mask=m_c)
+
+
+def seed_configs(shape: Shape) -> list[Config]:
+    if shape.dtype == torch.float32:
+        return [{"BM": 32, "BP": 64, "num_warps": 4, "num_stages": 1}]
+    return [
+        {"BM": 64, "BP": 128, "num_warps": 4, "num_stages": 2},
+        {"BM": 128, "BP": 128, "num_warps": 8, "num_stages": 2},
+        {"BM": 32, "BP": 256, "num_warps": 4, "num_stages": 2},
+    ]
+
+
+def gemm_configs(shape: Shape) -> list[Config | None]:
+    """None is the addmm way."""
+    if shape.dtype == torch.float32:
+        return [None]
+    return [
+        None,
+        {"BM": 128, "BP": 256, "BL": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+        {"BM": 128, "BP": 128, "BL": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+        {"BM": 128, "BP": 128, "BL": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4},
+        {"BM": 64, "BP": 128, "BL": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4},
+    ]
+
+
+def rank_block(rank: int) -> int:
+    return min(power_of_two(rank, at_least=16), MAX_RANK_BLOCK)
+
+
+def launch_seeded_matmul(
+    x: Tensor,
+    w: Tensor,
+    u: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    (m, _), p = x.shape, w.shape[1]
+    if m == 0:
+        return x.new_empty(m, p)
+    shape = Shape(x.device, x.dtype, bucket(m), p, rank_block(u.shape[1]), seed is not None)
+    config = choose(f"gemm/L{x.shape[1]}", gemm_configs, shape)
+    if config is not None:
+        return launch_gemm(x, w, u, v, scale, bias, dropout, seed, config)
+    return launch_seed(x.dtype, u, v, scale, bias, dropout, seed).addmm_(x, w)
+
+
+def launch_seed(
+    dtype: torch.dtype,
+    u: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    config: Config | None = None,
+) -> Tensor:
+    """C0 [M, P] in `dtype`."""
+    (m, r), p = u.shape, v.shape[1]
+    c = torch.empty(m, p, dtype=dtype, device=u.device)
+    br = rank_block(r)
+    config = config or choose("seed", seed_configs, Shape(u.device, dtype, bucket(m), p, br, seed is not None))
+    _seed_kernel[(triton.cdiv(m, config["BM"]) * triton.cdiv(p, config["BP"]),)](
+        u,
+        v,
+        bias,
+        seed,
+        c,
+        m,
+        p,
+        r,
+        *u.stride(),
+        *v.stride(),
+        scale * inverse_keep(dropout),
+        dropout_threshold(dropout),
+        DROPOUT=seed is not None,
+        BIAS=bias is not None,
+        BR=br,
+        **config,
+    )
+    return c
+
+
+def launch_gemm(
+    x: Tensor,
+    w: Tensor,
+    u: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    config: Config,
+) -> Tensor:
+    (m, length), p, r = x.shape, w.shape[1], u.shape[1]
+    c = x.new_empty(m, p)
+    bm, bp, bl = config["BM"], config["BP"], config["BL"]
+    w_rows_are_p = w.stride(0) == 1
+    rows = w.t() if w_rows_are_p else w  # the weight as it lies in memory
+    tma = _has_tma(x.device) and _describable(x) and _describable(rows)
+    operands: tuple[Any, Any] = (x, w)
+    if tma:
+        # Descriptors made here travel as launch parameters; made in the kernel they would need a global allocator.
+        block = [bp, bl] if w_rows_are_p else [bl, bp]
+        operands = (TensorDescriptor.from_tensor(x, [bm, bl]), TensorDescriptor.from_tensor(rows, block))
+    tiles = triton.cdiv(m, bm) * triton.cdiv(p, bp)
+    _gemm_kernel[(min(tiles, _processors(x.device)),)](
+        *operands,
+        u,
+        v,
+        bias,
+        seed,
+        c,
+        m,
+        p,
+        length,
+        r,
+        *x.stride(),
+        *w.stride(),
+        *u.stride(),
+        *v.stride(),
+        scale * inverse_keep(dropout),
+        dropout_threshold(dropout),
+        TMA=tma,
+        W_ROWS_ARE_P=w_rows_are_p,
+        DROPOUT=seed is not None,
+        BIAS=bias is not None,
+        BR=rank_block(r),
+        **config,
+    )
+    return c
+
+
+def _has_tma(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return INTERPRET
+    return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= 9
+
+
+def _describable(matrix: Tensor) -> bool:
+    """What TMA asks of a row-major matrix: contiguous rows that start 16 bytes apart, and extents below 2^31."""
+    stride, unit = matrix.stride()
+    size = matrix.element_size()
+    return unit == 1 and stride * size % 16 == 0 and matrix.data_ptr() % 16 == 0 and stride >= matrix.shape[1]
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,306 @@
+"""The skinny products of the LoRA linear in Triton: each reads its large operand once, at the speed of memory.
+
+    project        S = scale · drop(x) Aᵀ                    a program owns rows of x and walks along K
+    output_grads   dS = scale · dY B, dB = scale · dYᵀ S     a program owns columns of dY and walks down M
+    factor_grad    dA = dSᵀ drop(x)                          likewise for x
+
+The last two reduce over M, so programs leave fp32 partial sums, which `_sum_kernel` adds in a fixed order: the result
+does not depend on scheduling, as it would with atomics. Dropout is made again in flight. It scales by a constant, which
+is applied to the product rather than to every element of x.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import dropout_threshold, inverse_keep
+from .tiles import dot, draws
+from .tuning import Config, Shape, choose, power_of_two
+
+MAX_RANK_BLOCK = 128
+
+
+@triton.jit
+def _project_kernel(
+    p_x,
+    p_a,
+    p_s,
+    p_seed,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    scale,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_r = tl.program_id(1) * BR + tl.arange(0, BR)
+    acc = tl.zeros([BM, BR], tl.float32)
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK)
+        in_k = o_k < K
+        o_k64 = o_k.to(tl.int64)
+        m_x = (o_m < M)[:, None] & in_k[None, :]
+        b_x = tl.load(p_x + o_m[:, None] * stride_xm + o_k64[None, :] * stride_xk, mask=m_x, other=0.0)  # [BM, BK]
+        if DROPOUT:
+            b_x = tl.where(draws(p_seed, o_m, k, K, BK) >= threshold, b_x, 0.0).to(b_x.dtype)
+        m_a = in_k[:, None] & (o_r < R)[None, :]
+        b_a = tl.load(p_a + o_k64[:, None] * stride_ak + o_r[None, :] * stride_ar, mask=m_a, other=0.0)  # [BK, BR]
+        acc = dot(b_x, b_a.to(b_x.dtype), acc)
+    m_s = (o_m < M)[:, None] & (o_r < R)[None, :]
+    tl.store(p_s + o_m[:, None] * R + o_r[None, :], (acc * scale).to(p_s.dtype.element_ty), mask=m_s)
+
+
+@triton.jit
+def _output_grads_kernel(
+    p_dy,
+    p_b,
+    p_s,
+    p_ds,
+    p_db,
+    M,
+    N,
+    R,
+    stride_dym,
+    stride_dyn,
+    stride_bn,
+    stride_br,
+    stride_sm,
+    stride_sr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Partial sums: p_ds [N / BN, M, R], one a strip of columns; p_db [M / ROWS, N, R], one a run of rows."""
+    i_n = tl.program_id(0)
+    i_run = tl.program_id(1)
+    o_n = i_n * BN + tl.arange(0, BN)
+    o_r = tl.program_id(2) * BR + tl.arange(0, BR)
+    in_n = o_n < N
+    in_r = o_r < R
+    o_n64 = o_n.to(tl.int64)
+    m_b = in_n[:, None] & in_r[None, :]
+    b_b = tl.load(p_b + o_n64[:, None] * stride_bn + o_r[None, :] * stride_br, mask=m_b, other=0.0)  # [BN, BR]
+    b_b = b_b.to(p_dy.dtype.element_ty)
+    acc = tl.zeros([BR, BN], tl.float32)
+    for m in range(0, ROWS, BM):
+        o_m = i_run.to(tl.int64) * ROWS + m + tl.arange(0, BM)
+        in_m = o_m < M
+        m_dy = in_m[:, None] & in_n[None, :]
+        b_dy = tl.load(p_dy + o_m[:, None] * stride_dym + o_n64[None, :] * stride_dyn, mask=m_dy, other=0.0)  # [BM, BN]
+        m_s = in_r[:, None] & in_m[None, :]
+        b_s = tl.load(p_s + o_r[:, None] * stride_sr + o_m[None, :] * stride_sm, mask=m_s, other=0.0)  # [BR, BM]
+        b_ds = dot(b_dy, b_b, tl.zeros([BM, BR], tl.float32))
+        p_ds_tile = p_ds + (i_n.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
+        tl.store(p_ds_tile, b_ds, mask=in_m[:, None] & in_r[None, :])
+        acc = dot(b_s, b_dy, acc)
+    p_db_tile = p_db + (i_run.to(tl.int64) * N + o_n64[:, None]) * R + o_r[None, :]
+    tl.store(p_db_tile, tl.trans(acc), mask=m_b)
+
+
+@triton.jit
+def _factor_grad_kernel(
+    p_ds,
+    p_x,
+    p_da,
+    p_seed,
+    M,
+    K,
+    R,
+    stride_dsm,
+    stride_dsr,
+    stride_xm,
+    stride_xk,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Partial sums p_da [M / ROWS, R, K], one a run of rows."""
+    i_run = tl.program_id(1)
+    first_k = tl.program_id(0) * BK
+    o_k = first_k + tl.arange(0, BK)
+    o_r = tl.program_id(2) * BR + tl.arange(0, BR)
+    in_k = o_k < K
+    in_r = o_r < R
+    o_k64 = o_k.to(tl.int64)
+    acc = tl.zeros([BR, BK], tl.float32)
+    for m in range(0, ROWS, BM):
+        o_m = i_run.to(tl.int64) * ROWS + m + tl.arange(0, BM)
+        in_m = o_m < M
+        m_x = in_m[:, None] & in_k[None, :]
+        b_x = tl.load(p_x + o_m[:, None] * stride_xm + o_k64[None, :] * stride_xk, mask=m_x, other=0.0)  # [BM, BK]
+        if DROPOUT:
+            b_x = tl.where(draws(p_seed, o_m, first_k, K, BK) >= threshold, b_x, 0.0).to(b_x.dtype)
+        m_ds = in_r[:, None] & in_m[None, :]
+        b_ds = tl.load(p_ds + o_r[:, None] * stride_dsr + o_m[None, :] * stride_dsm, mask=m_ds, other=0.0)  # [BR, BM]
+        acc = dot(b_ds, b_x, acc)
+    p_da_tile = p_da + (i_run.to(tl.int64) * R + o_r[:, None]) * K + o_k[None, :]
+    tl.store(p_da_tile, acc, mask=in_r[:, None] & in_k[None, :])
+
+
+@triton.jit
+def _sum_kernel(p_parts, p_out, parts, count, scale, BLOCK: tl.constexpr):
+    """out [count] = scale · the sum of parts [parts, count], in order."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    p_part = p_parts + o
+    for _ in range(parts):
+        acc += tl.load(p_part, mask=o < count, other=0.0)
+        p_part += count
+    tl.store(p_out + o, (acc * scale).to(p_out.dtype.element_ty), mask=o < count)
+
+
+SUM_CONFIG: Config = {"BLOCK": 1024, "num_warps": 4}
+
+
+def project_configs(shape: Shape) -> list[Config]:
+    if shape.dtype == torch.float32:  # multiplied without tensor cores: small tiles keep the unrolled code small
+        return [{"BM": 32, "BK": 32, "num_warps": 4, "num_stages": 2}]
+    # A is read again for every BM rows of x, from L2: the larger the rank, the taller the tile.
+    short = [
+        {"BM": 16, "BK": 256, "num_warps": 4, "num_stages": 4},
+        {"BM": 16, "BK": 128, "num_warps": 2, "num_stages": 4},
+    ]
+    tall = [
+        {"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 3},
+        {"BM": 64, "BK": 64, "num_warps": 4, "num_stages": 4},
+        {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    ]
+    middle = [
+        {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 4},
+        {"BM": 32, "BK": 64, "num_warps": 4, "num_stages": 4},
+    ]
+    if shape.m <= 2048:
+        return [*short, *middle] if shape.rank <= 32 else [*middle, *tall]
+    return [*middle, *tall, *short] if shape.rank <= 32 else [*tall, *middle]
+
+
+def strip_configs(shape: Shape) -> list[Config]:
+    """For the kernels that walk down M: BC columns wide, ROWS rows long."""
+    if shape.dtype == torch.float32:
+        return [{"BM": 32, "BC": 32, "ROWS": 256, "num_warps": 4, "num_stages": 2}]
+    rows = 128 if shape.m <= 2048 else 512  # few tokens: shorter runs, so that there are programs for every processor
+    wide = [
+        {"BM": 32, "BC": 256, "ROWS": rows, "num_warps": 8, "num_stages": 3},
+        {"BM": 64, "BC": 256, "ROWS": rows * 2, "num_warps": 8, "num_stages": 2},
+    ]
+    narrow = [
+        {"BM": 64, "BC": 128, "ROWS": rows, "num_warps": 4, "num_stages": 3},
+        {"BM": 64, "BC": 128, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
+        {"BM": 64, "BC": 64, "ROWS": rows * 2, "num_warps": 4, "num_stages": 3},
+    ]
+    return [*wide, *narrow] if shape.rank <= 32 else narrow
+
+
+def rank_block(rank: int) -> int:
+    """Ranks are padded to a power of two the tensor cores take; above 128 they are cut into blocks."""
+    return min(power_of_two(rank, at_least=16), MAX_RANK_BLOCK)
+
+
+def launch_project(
+    x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None, config: Config | None = None
+) -> Tensor:
+    (m, k), r = x.shape, a.shape[0]
+    s = x.new_empty(m, r)
+    if m == 0:
+        return s
+    br = rank_block(r)
+    config = config or choose("project", project_configs, Shape.of(x, br, seed))
+    _project_kernel[(triton.cdiv(m, config["BM"]), triton.cdiv(r, br))](
+        x,
+        a,
+        s,
+        seed,
+        m,
+        k,
+        r,
+        *x.stride(),
+        *a.stride(),
+        scale * inverse_keep(dropout),
+        dropout_threshold(dropout),
+        DROPOUT=seed is not None,
+        BR=br,
+        **config,
+    )
+    return s
+
+
+def launch_output_grads(
+    dy: Tensor, b: Tensor, s: Tensor, scale: float, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    (m, n), r = dy.shape, b.shape[1]
+    ds, db = dy.new_empty(m, r), torch.empty(n, r, dtype=b.dtype, device=b.device)
+    if m == 0:
+        return ds, db.zero_()
+    br = rank_block(r)
+    config = dict(config or choose("output_grads", strip_configs, Shape.of(dy, br, None)))
+    strips, runs = triton.cdiv(n, config["BC"]), triton.cdiv(m, config["ROWS"])
+    ds_parts = dy.new_empty(strips, m, r, dtype=torch.float32)
+    db_parts = dy.new_empty(runs, n, r, dtype=torch.float32)
+    _output_grads_kernel[(strips, runs, triton.cdiv(r, br))](
+        dy,
+        b,
+        s,
+        ds_parts,
+        db_parts,
+        m,
+        n,
+        r,
+        *dy.stride(),
+        *b.stride(),
+        *s.stride(),
+        BN=config.pop("BC"),
+        BR=br,
+        **config,
+    )
+    return _sum(ds_parts, scale, ds), _sum(db_parts, scale, db)
+
+
+def launch_factor_grad(
+    ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype, config: Config | None = None
+) -> Tensor:
+    (m, k), r = x.shape, ds.shape[1]
+    da = torch.empty(r, k, dtype=dtype, device=x.device)
+    if m == 0:
+        return da.zero_()
+    br = rank_block(r)
+    config = dict(config or choose("factor_grad", strip_configs, Shape.of(x, br, seed)))
+    strips, runs = triton.cdiv(k, config["BC"]), triton.cdiv(m, config["ROWS"])
+    parts = x.new_empty(runs, r, k, dtype=torch.float32)
+    _factor_grad_kernel[(strips, runs, triton.cdiv(r, br))](
+        ds,
+        x,
+        parts,
+        seed,
+        m,
+        k,
+        r,
+        *ds.stride(),
+        *x.stride(),
+        dropout_threshold(dropout),
+        DROPOUT=seed is not None,
+        BK=config.pop("BC"),
+        BR=br,
+        **config,
+    )
+    return _sum(parts, inverse_keep(dropout), da)
+
+
+def _sum(parts: Tensor, scale: float, out: Tensor) -> Tensor:
+    count = out.numel()
+    _sum_kernel[(triton.cdiv(count, SUM_CONFIG["BLOCK"]),)](parts, out, parts.shape[0], count, scale, **SUM_CONFIG)
+    return out
