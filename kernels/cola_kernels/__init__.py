@@ -5,7 +5,7 @@ PyTorch, and `backend` says which of the two runs.
 """
 
 from . import reference
-from .linear import lora_linear, lora_linear_group
-from .reference import FoldReport, merge_
+from .ops import lora_linear, lora_linear_group, merge_
+from .reference import FoldReport
 
 __all__ = ["FoldReport", "lora_linear", "lora_linear_group", "merge_", "reference"]

@@ -47,8 +47,8 @@ class SeededMatmul(Protocol):
 
 
 class OutputGrads(Protocol):
-    def __call__(self, dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """`scale · dy b` [M, R] in dy's dtype and `scale · dyᵀ s` [N, R] in b's: dy [M, N], b [N, R], s [M, R]."""
+    def __call__(self, dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`scale · dy b` [M, R], and `scale · dyᵀ s` [N, R] in `dtype`: dy [M, N], b [N, R], s [M, R]."""
 
 
 class FactorGrad(Protocol):
@@ -57,7 +57,7 @@ class FactorGrad(Protocol):
 
 
 class Primitives(NamedTuple):
-    """What a backend implements. x and w share a dtype; the factors a, b, u and v are used in it whatever theirs."""
+    """What a backend implements. The operands of one call share a dtype."""
 
     project: Project
     seeded_matmul: SeededMatmul
@@ -76,11 +76,13 @@ def make_function(ops: Primitives) -> type[Function]:
             count, dtype = len(scales), x.dtype
             weights, lora_as, lora_bs, biases = (members[i * count : (i + 1) * count] for i in range(4))
             rows = x.reshape(-1, x.shape[-1])  # [M, K]
-            s = ops.project(rows, _stack(lora_as), 1.0, dropout, seed)  # [M, sum of R]
-            ys = [
-                ops.seeded_matmul(rows, w.to(dtype).t(), s_i, b.t(), scale, bias, 0.0, None)  # [M, N]
-                for w, b, bias, scale, s_i in zip(weights, lora_bs, biases, scales, _split(s, lora_as), strict=True)
-            ]
+            s = ops.project(rows, _stack(lora_as).to(dtype), 1.0, dropout, seed)  # [M, sum of R]
+            ys = []
+            for w, b, bias, scale, s_i in zip(weights, lora_bs, biases, scales, _split(s, lora_as), strict=True):
+                bias = None if bias is None else bias.to(dtype)
+                ys.append(
+                    ops.seeded_matmul(rows, w.to(dtype).t(), s_i, b.to(dtype).t(), scale, bias, 0.0, None)
+                )  # [M, N]
             needs = ctx.needs_input_grad[4:]
             needs_a, needs_b = any(needs[count : 2 * count]), any(needs[2 * count : 3 * count])
             ctx.save_for_backward(x if needs_a else None, s if needs_b else None, seed, *weights, *lora_as, *lora_bs)
@@ -104,14 +106,13 @@ def make_function(ops: Primitives) -> type[Function]:
             dss: list[Tensor] = []
             if any(needs_b):
                 for i, s_i in enumerate(_split(s, lora_as)):
-                    ds, dbs[i] = ops.output_grads(rows[i], lora_bs[i], s_i, scales[i])
+                    ds, dbs[i] = ops.output_grads(rows[i], lora_bs[i].to(dtype), s_i, scales[i], lora_bs[i].dtype)
                     dss.append(ds)
             elif needs_x or any(needs_a):
-                dss = [
-                    ops.project(dy, b.t(), scale, 0.0, None) for dy, b, scale in zip(rows, lora_bs, scales, strict=True)
-                ]
+                for dy, b, scale in zip(rows, lora_bs, scales, strict=True):
+                    dss.append(ops.project(dy, b.to(dtype).t(), scale, 0.0, None))
             if needs_x:
-                ds, a = _stack(dss, dim=1), _stack(lora_as)
+                ds, a = _stack(dss, dim=1), _stack(lora_as).to(dtype)
                 dx = ops.seeded_matmul(rows[0], weights[0].to(dtype), ds, a, 1.0, None, dropout, seed)  # [M, K]
                 for dy, w in zip(rows[1:], weights[1:], strict=True):
                     dx.addmm_(dy, w.to(dtype))

@@ -47,7 +47,6 @@ def _seed_tile(
     stride_vp,
     scale,
     threshold,
-    DTYPE: tl.constexpr,
     DROPOUT: tl.constexpr,
     BIAS: tl.constexpr,
     BM: tl.constexpr,
@@ -66,7 +65,7 @@ def _seed_tile(
         b_u = tl.load(p_u + o_m[:, None] * stride_um + o_r[None, :] * stride_ur, mask=m_u, other=0.0)  # [BM, BR]
         p_v_tile = p_v + o_r[:, None] * stride_vr + o_p.to(tl.int64)[None, :] * stride_vp
         b_v = tl.load(p_v_tile, mask=in_r[:, None] & in_p[None, :], other=0.0)  # [BR, BP]
-        acc = dot(b_u.to(DTYPE), b_v.to(DTYPE), acc)
+        acc = dot(b_u, b_v, acc)
     acc *= scale
     if DROPOUT:
         acc = tl.where(draws(p_seed, o_m, first_p, P, BP) >= threshold, acc, 0.0)
@@ -100,7 +99,6 @@ def _seed_kernel(
     tiles_p = tl.cdiv(P, BP)
     first_m = tl.program_id(0) // tiles_p * BM
     first_p = tl.program_id(0) % tiles_p * BP
-    DTYPE: tl.constexpr = p_c.dtype.element_ty
     acc = _seed_tile(
         p_u,
         p_v,
@@ -117,7 +115,6 @@ def _seed_kernel(
         stride_vp,
         scale,
         threshold,
-        DTYPE,
         DROPOUT,
         BIAS,
         BM,
@@ -127,7 +124,7 @@ def _seed_kernel(
     o_m = first_m.to(tl.int64) + tl.arange(0, BM)
     o_p = first_p + tl.arange(0, BP)
     m_c = (o_m < M)[:, None] & (o_p < P)[None, :]
-    tl.store(p_c + o_m[:, None] * P + o_p[None, :], acc.to(DTYPE), mask=m_c)
+    tl.store(p_c + o_m[:, None] * P + o_p[None, :], acc.to(p_c.dtype.element_ty), mask=m_c)
 
 
 @triton.jit
@@ -164,7 +161,6 @@ def _gemm_kernel(
     GROUP: tl.constexpr,
 ):
     """x and w are descriptors with TMA, else pointers. With W_ROWS_ARE_P the weight lies in memory as [P, L]."""
-    DTYPE: tl.constexpr = p_c.dtype.element_ty
     tiles_m = tl.cdiv(M, BM)
     tiles_p = tl.cdiv(P, BP)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_p, tl.num_programs(0)):
@@ -192,7 +188,6 @@ def _gemm_kernel(
             stride_vp,
             scale,
             threshold,
-            DTYPE,
             DROPOUT,
             BIAS,
             BM,
@@ -211,7 +206,7 @@ def _gemm_kernel(
                 b_w = tl.load(p_w_tile, mask=(o_l < L)[:, None] & (o_p < P)[None, :], other=0.0)
             acc = dot(b_x, b_w, acc)
         m_c = (o_m < M)[:, None] & (o_p < P)[None, :]
-        tl.store(p_c + o_m[:, None] * P + o_p[None, :], acc.to(DTYPE), mask=m_c)
+        tl.store(p_c + o_m[:, None] * P + o_p[None, :], acc.to(p_c.dtype.element_ty), mask=m_c)
 
 
 def seed_configs(shape: Shape) -> list[Config]:
@@ -258,11 +253,10 @@ def launch_seeded_matmul(
     config = choose(f"gemm/L{x.shape[1]}", gemm_configs, shape)
     if config is not None:
         return launch_gemm(x, w, u, v, scale, bias, dropout, seed, config)
-    return launch_seed(x.dtype, u, v, scale, bias, dropout, seed).addmm_(x, w)
+    return launch_seed(u, v, scale, bias, dropout, seed).addmm_(x, w)
 
 
 def launch_seed(
-    dtype: torch.dtype,
     u: Tensor,
     v: Tensor,
     scale: float,
@@ -271,11 +265,11 @@ def launch_seed(
     seed: Tensor | None,
     config: Config | None = None,
 ) -> Tensor:
-    """C0 [M, P] in `dtype`."""
+    """C0 [M, P]."""
     (m, r), p = u.shape, v.shape[1]
-    c = torch.empty(m, p, dtype=dtype, device=u.device)
+    c = u.new_empty(m, p)
     br = rank_block(r)
-    config = config or choose("seed", seed_configs, Shape(u.device, dtype, bucket(m), p, br, seed is not None))
+    config = config or choose("seed", seed_configs, Shape(u.device, u.dtype, bucket(m), p, br, seed is not None))
     _seed_kernel[(triton.cdiv(m, config["BM"]) * triton.cdiv(p, config["BP"]),)](
         u,
         v,

@@ -93,7 +93,7 @@ def lora_linear_group(
 
 
 def project(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
-    s = F.linear(_drop(x, dropout, seed), a.to(x.dtype))  # [M, R]
+    s = F.linear(_drop(x, dropout, seed), a)  # [M, R]
     return s if scale == 1 else s.mul_(scale)
 
 
@@ -107,16 +107,15 @@ def seeded_matmul(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    dtype = x.dtype
-    y = torch.mm(x, w) if bias is None else torch.addmm(bias.to(dtype), x, w)  # [M, P]
+    y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)  # [M, P]
     if dropout == 0:
-        return y.addmm_(u, v.to(dtype), alpha=scale)
-    return y.add_(_drop(torch.mm(u, v.to(dtype)), dropout, seed), alpha=scale)
+        return y.addmm_(u, v, alpha=scale)
+    return y.add_(_drop(torch.mm(u, v), dropout, seed), alpha=scale)
 
 
-def output_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    ds = torch.mm(dy, b.to(dy.dtype)).mul_(scale)  # [M, R]
-    db = torch.mm(dy.t(), s).mul_(scale).to(b.dtype)  # [N, R]
+def output_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    ds = torch.mm(dy, b).mul_(scale)  # [M, R]
+    db = torch.mm(dy.t(), s).mul_(scale).to(dtype)  # [N, R]
     return ds, db
 
 
@@ -169,7 +168,7 @@ def merge_(
     n, k = weight.shape
     a = lora_a.detach().to(wide)
     key = as_seed(seed, weight.device)
-    along = change_sq = delta_sq = torch.zeros((), dtype=torch.float64, device=weight.device)
+    along = error_sq = delta_sq = torch.zeros((), dtype=torch.float64, device=weight.device)
     with torch.no_grad():
         tile_rows = max(1, TILE_ELEMENTS // max(k, 1))
         for first in range(0, n, tile_rows):
@@ -183,15 +182,20 @@ def merge_(
                 tile.copy_(target)
             if before is not None:
                 delta = torch.mm(b, a).mul_(scale)
-                change = tile.to(wide).sub_(before.to(wide))
+                change = tile.to(wide) - before.to(wide)
                 along = along + (change * delta).sum(dtype=torch.float64)
                 delta_sq = delta_sq + delta.square().sum(dtype=torch.float64)
-                change_sq = change_sq + change.sub_(delta).square_().sum(dtype=torch.float64)
+                error_sq = error_sq + change.sub_(delta).square_().sum(dtype=torch.float64)
     if not report:
         return None
+    return fold_report(along, delta_sq, error_sq)
+
+
+def fold_report(along: Tensor, delta_sq: Tensor, error_sq: Tensor) -> FoldReport:
+    """From the sums over a weight of change · delta, delta² and (change - delta)²."""
     if float(delta_sq) == 0:
         return FoldReport(retained=1.0, error=0.0)
-    return FoldReport(float(along / delta_sq), float((change_sq / delta_sq).sqrt()))
+    return FoldReport(float(along / delta_sq), float((error_sq / delta_sq).sqrt()))
 
 
 def _round_stochastic(value: Tensor, dtype: torch.dtype, seed: Tensor, first_row: int) -> Tensor:

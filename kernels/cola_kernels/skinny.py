@@ -56,7 +56,7 @@ def _project_kernel(
             b_x = tl.where(draws(p_seed, o_m, k, K, BK) >= threshold, b_x, 0.0).to(b_x.dtype)
         m_a = in_k[:, None] & (o_r < R)[None, :]
         b_a = tl.load(p_a + o_k64[:, None] * stride_ak + o_r[None, :] * stride_ar, mask=m_a, other=0.0)  # [BK, BR]
-        acc = dot(b_x, b_a.to(b_x.dtype), acc)
+        acc = dot(b_x, b_a, acc)
     m_s = (o_m < M)[:, None] & (o_r < R)[None, :]
     tl.store(p_s + o_m[:, None] * R + o_r[None, :], (acc * scale).to(p_s.dtype.element_ty), mask=m_s)
 
@@ -92,7 +92,6 @@ def _output_grads_kernel(
     o_n64 = o_n.to(tl.int64)
     m_b = in_n[:, None] & in_r[None, :]
     b_b = tl.load(p_b + o_n64[:, None] * stride_bn + o_r[None, :] * stride_br, mask=m_b, other=0.0)  # [BN, BR]
-    b_b = b_b.to(p_dy.dtype.element_ty)
     acc = tl.zeros([BR, BN], tl.float32)
     for m in range(0, ROWS, BM):
         o_m = i_run.to(tl.int64) * ROWS + m + tl.arange(0, BM)
@@ -172,21 +171,22 @@ def project_configs(shape: Shape) -> list[Config]:
         return [{"BM": 32, "BK": 32, "num_warps": 4, "num_stages": 2}]
     # A is read again for every BM rows of x, from L2: the larger the rank, the taller the tile.
     short = [
-        {"BM": 16, "BK": 256, "num_warps": 4, "num_stages": 4},
-        {"BM": 16, "BK": 128, "num_warps": 2, "num_stages": 4},
-    ]
-    tall = [
-        {"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 3},
-        {"BM": 64, "BK": 64, "num_warps": 4, "num_stages": 4},
-        {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+        {"BM": 16, "BK": 256, "num_warps": 4, "num_stages": 3},
+        {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 4},
     ]
     middle = [
         {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 4},
         {"BM": 32, "BK": 64, "num_warps": 4, "num_stages": 4},
     ]
-    if shape.m <= 2048:
-        return [*short, *middle] if shape.rank <= 32 else [*middle, *tall]
-    return [*middle, *tall, *short] if shape.rank <= 32 else [*tall, *middle]
+    tall = [
+        {"BM": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
+        {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    ]
+    if shape.rank > 64:
+        return tall
+    if shape.rank > 32:
+        return [*middle, *tall] if shape.m <= 2048 else [*tall, *middle]
+    return [*short, *middle] if shape.m <= 2048 else [*middle, *tall, *short]
 
 
 def strip_configs(shape: Shape) -> list[Config]:
@@ -199,8 +199,8 @@ def strip_configs(shape: Shape) -> list[Config]:
         {"BM": 64, "BC": 256, "ROWS": rows * 2, "num_warps": 8, "num_stages": 2},
     ]
     narrow = [
-        {"BM": 64, "BC": 128, "ROWS": rows, "num_warps": 4, "num_stages": 3},
-        {"BM": 64, "BC": 128, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
+        {"BM": 64, "BC": 128, "ROWS": rows, "num_warps": 8, "num_stages": 3},
+        {"BM": 32, "BC": 128, "ROWS": rows * 2, "num_warps": 4, "num_stages": 3},
         {"BM": 64, "BC": 64, "ROWS": rows * 2, "num_warps": 4, "num_stages": 3},
     ]
     return [*wide, *narrow] if shape.rank <= 32 else narrow
@@ -240,10 +240,10 @@ def launch_project(
 
 
 def launch_output_grads(
-    dy: Tensor, b: Tensor, s: Tensor, scale: float, config: Config | None = None
+    dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
     (m, n), r = dy.shape, b.shape[1]
-    ds, db = dy.new_empty(m, r), torch.empty(n, r, dtype=b.dtype, device=b.device)
+    ds, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=dtype)
     if m == 0:
         return ds, db.zero_()
     br = rank_block(r)
@@ -274,7 +274,7 @@ def launch_factor_grad(
     ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype, config: Config | None = None
 ) -> Tensor:
     (m, k), r = x.shape, ds.shape[1]
-    da = torch.empty(r, k, dtype=dtype, device=x.device)
+    da = x.new_empty(r, k, dtype=dtype)
     if m == 0:
         return da.zero_()
     br = rank_block(r)

@@ -1,8 +1,8 @@
-"""`lora_linear` and `lora_linear_group`: the Triton version of the primitives, and the choice of backend.
+"""The public ops: `lora_linear`, `lora_linear_group` and `merge_`, with the backend chosen for each call.
 
-The launches are torch.library ops, opaque to autograd and to torch.compile; the Function of autograd.py lies above.
-They allocate their results, never wait for the GPU, and read the dropout seed from device memory, so that they can be
-recomputed under activation checkpointing and captured in a CUDA graph.
+The launches of a LoRA linear are torch.library ops, opaque to autograd and to torch.compile; autograd.py's Function
+lies above them. They allocate their results, never wait for the GPU, and read the dropout seed from device memory, so
+that they can be recomputed under activation checkpointing and captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, backend, reference
+from .reference import FoldReport
 
 _LIBRARY = torch.library.Library("cola_kernels", "DEF")
 
@@ -44,8 +45,8 @@ def _fake_seeded_matmul(
     return x.new_empty(x.shape[0], w.shape[1])
 
 
-def _fake_output_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return dy.new_empty(dy.shape[0], b.shape[1]), b.new_empty(b.shape)
+def _fake_output_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(dy.shape[0], b.shape[1]), b.new_empty(b.shape, dtype=dtype)
 
 
 def _fake_factor_grad(ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -71,7 +72,7 @@ def _triton_function() -> type[torch.autograd.Function] | None:
                 _fake_seeded_matmul,
             ),
             _op(
-                "output_grads(Tensor dy, Tensor b, Tensor s, float scale) -> (Tensor, Tensor)",
+                "output_grads(Tensor dy, Tensor b, Tensor s, float scale, ScalarType dtype) -> (Tensor, Tensor)",
                 skinny.launch_output_grads,
                 _fake_output_grads,
             ),
@@ -88,7 +89,7 @@ _TRITON = _triton_function()
 
 
 def _function(x: Tensor) -> type[torch.autograd.Function]:
-    return _TRITON if _TRITON is not None and backend.use_triton(x) else reference.FUNCTION
+    return _TRITON if backend.use_triton(x) and _TRITON is not None else reference.FUNCTION
 
 
 def lora_linear(
@@ -127,3 +128,24 @@ def lora_linear_group(
     `reference.lora_linear_group` says what the arguments are; the backend is chosen as for `lora_linear`.
     """
     return autograd.apply(_function(x), x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
+
+
+def merge_(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    report: bool = False,
+) -> FoldReport | None:
+    """`weight += scale · B A` in place, without a temporary of weight's size, rounded once from fp32.
+
+    `reference.merge_` says what the arguments are; the backend is chosen as for `lora_linear`.
+    """
+    if backend.use_triton(weight):
+        from .merge import merge_ as triton_merge_
+
+        return triton_merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
+    return reference.merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
