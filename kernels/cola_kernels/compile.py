@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import backend, matmul, merge, skinny
-from .tuning import Config, Shape
+from .tuning import Config, Shape, rank_block
 
 KIB = 1024
 SHARED_LIMITS = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
@@ -37,7 +37,7 @@ SMALL_AMPERE = 99 * KIB
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # fp16 takes bf16's tiles and registers
 DTYPES = ("bf16", "fp32")
-RANKS = (16, 64, 128)
+RANKS = (1, 32, 64, 128)  # one of each block the ranks are padded to
 ROWS = (512, 8192)
 
 
@@ -70,9 +70,9 @@ def cases() -> list[Case]:
     return list(found.values())
 
 
-def _shapes(ranks: tuple[int, ...]) -> Iterator[Shape]:
-    for dtype, m, rank, dropout in itertools.product(NAMES, ROWS, ranks, (False, True)):
-        yield Shape(torch.device("cpu"), dtype, m, 4096, rank, dropout)
+def _shapes(largest: int) -> Iterator[Shape]:
+    for dtype, m, rank, dropout in itertools.product(NAMES, ROWS, RANKS, (False, True)):
+        yield Shape(torch.device("cpu"), dtype, m, 4096, rank_block(rank, dtype, largest), dropout)
 
 
 def _dropout(shape: Shape) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _dropout(shape: Shape) -> dict[str, Any]:
 
 
 def _skinny_cases() -> Iterator[Case]:
-    for shape in _shapes(RANKS):
+    for shape in _shapes(skinny.MAX_RANK_BLOCK):
         dtype = NAMES[shape.dtype]
         common = {**_dropout(shape), "BR": shape.rank, "stride_xk": 1}
         for i, config in enumerate(skinny.project_configs(shape)):
@@ -88,11 +88,11 @@ def _skinny_cases() -> Iterator[Case]:
             for unit in ("stride_ak", "stride_ar"):
                 yield Case(skinny._project_kernel, "project", dtype, {}, {**common, unit: 1}, config, i == 0)
         for i, strip in enumerate(skinny.strip_configs(shape)):
-            config = {k: v for k, v in strip.items() if k != "BC"}
+            config = {k: v for k, v in strip.items() if k not in ("BC", "ROWS")}  # ROWS is not a constant
             constants = {**common, "stride_dsr": 1, "BK": strip["BC"]}
             types = {"p_da": "*fp32"}
             yield Case(skinny._factor_grad_kernel, "factor_grad", dtype, types, constants, config, i == 0)
-            if not shape.dropout:
+            if not shape.dropout and shape.rank <= skinny.MAX_RANK_BLOCK_OUTPUT:
                 constants = {"stride_dyn": 1, "stride_br": 1, "stride_sr": 1, "BN": strip["BC"], "BR": shape.rank}
                 types = {"p_ds": "*fp32", "p_db": "*fp32"}
                 yield Case(skinny._output_grads_kernel, "output_grads", dtype, types, constants, config, i == 0)
@@ -100,25 +100,21 @@ def _skinny_cases() -> Iterator[Case]:
 
 
 def _matmul_cases() -> Iterator[Case]:
-    for shape in _shapes((16, 64)):
+    for shape in _shapes(matmul.MAX_RANK_BLOCK):
         dtype = NAMES[shape.dtype]
         # Y: V = Bᵀ, W = weightᵀ, a bias, no dropout. dX: V = A, W = weight, no bias, dropout or not.
-        forms = [False] if shape.dropout else [False, True]
-        for forward in forms:
-            constants = {**_dropout(shape), "BIAS": forward, "BR": shape.rank, "stride_ur": 1}
+        for forward in [False] if shape.dropout else [False, True]:
+            constants: dict[str, Any] = {"BIAS": forward, "BR": shape.rank, "stride_ur": 1}
             constants |= {"stride_vr": 1} if forward else {"stride_vp": 1, "p_bias": None}
             for i, config in enumerate(matmul.seed_configs(shape)):
-                yield Case(matmul._seed_kernel, "seed", dtype, {}, constants, config, i == 0)
+                yield Case(matmul._seed_kernel, "seed", dtype, {}, {**constants, **_dropout(shape)}, config, i == 0)
             constants |= {"W_ROWS_ARE_P": forward, "stride_wl" if forward else "stride_wp": 1, "stride_xl": 1}
-            for gemm in matmul.gemm_configs(shape):
-                if gemm is None:
-                    continue
-                x_block = [gemm["BM"], gemm["BL"]]
-                w_block = [gemm["BP"], gemm["BL"]] if forward else [gemm["BL"], gemm["BP"]]
-                described = {"x": f"tensordesc<{dtype}{x_block}>", "w": f"tensordesc<{dtype}{w_block}>"}
-                pointers = {"x": f"*{dtype}", "w": f"*{dtype}"}
-                for tma, operands in ((True, described), (False, pointers)):
-                    yield Case(matmul._gemm_kernel, "gemm", dtype, operands, {**constants, "TMA": tma}, gemm, False)
+            gemms = [(tma, gemm) for tma in (False, True) for gemm in matmul.gemm_configs(shape, tma) if gemm]
+            for tma, gemm in gemms:
+                blocks = ([gemm["BM"], gemm["BL"]], [gemm["BP"], gemm["BL"]] if forward else [gemm["BL"], gemm["BP"]])
+                kinds = [f"tensordesc<{dtype}{block}>" if tma else f"*{dtype}" for block in blocks]
+                types = dict(zip(("x", "w"), kinds, strict=True))
+                yield Case(matmul._gemm_kernel, "gemm", dtype, types, {**constants, "TMA": tma}, gemm, False)
 
 
 def _merge_cases() -> Iterator[Case]:
@@ -134,8 +130,8 @@ def _merge_cases() -> Iterator[Case]:
 
 
 def runs_on(case: Case, target: str) -> bool:
-    """TMA came with sm_90."""
-    return not case.constants.get("TMA") or target in ("sm_90", "sm_100")
+    """The GEMM uses TMA where there is one, from sm_90 on, and pointers elsewhere."""
+    return case.constants.get("TMA") in (None, target in ("sm_90", "sm_100"))
 
 
 def compile_case(case: Case, target: str) -> Usage:

@@ -7,13 +7,14 @@ Two ways, and a tuned table says which:
     addmm     one kernel writes C0 = undrop(scale · U V) + bias, then cuBLAS adds X W to it in place: reading C0 hides
               behind a product that is bound by arithmetic. The rule where no table says otherwise.
     gemm      one Triton kernel whose accumulator starts as C0, which is never written: persistent, its operands
-              fetched by the tensor memory accelerator (TMA) where the GPU and the strides allow, by pointers elsewhere.
+              fetched by the tensor memory accelerator (TMA) on GPUs that have one, by pointers on older ones.
 
 Letters: C [M, P], X [M, L], W [L, P]; so L is K for Y and N for dX.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,19 +26,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .backend import INTERPRET
 from .philox import dropout_threshold, inverse_keep
 from .tiles import dot, draws
-from .tuning import Config, Shape, bucket, choose, power_of_two
+from .tuning import Config, Shape, bucket, choose, rank_block
 
-MAX_RANK_BLOCK = 64  # of U V; a larger rank takes several
+MAX_RANK_BLOCK = 32  # of U V; a larger rank takes several
 
 
 @triton.jit
-def _seed_tile(
+def _product(
     p_u,
     p_v,
-    p_bias,
-    p_seed,
-    first_m,
-    first_p,
+    o_m,
+    o_p,
     M,
     P,
     R,
@@ -45,32 +44,20 @@ def _seed_tile(
     stride_ur,
     stride_vr,
     stride_vp,
-    scale,
-    threshold,
-    DROPOUT: tl.constexpr,
-    BIAS: tl.constexpr,
     BM: tl.constexpr,
     BP: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """One tile of C0, in fp32."""
-    o_m = first_m.to(tl.int64) + tl.arange(0, BM)
-    o_p = first_p + tl.arange(0, BP)
-    in_p = o_p < P
+    """One tile of U V, in fp32."""
     acc = tl.zeros([BM, BP], tl.float32)
     for r in range(0, R, BR):
         o_r = r + tl.arange(0, BR)
-        in_r = o_r < R
-        m_u = (o_m < M)[:, None] & in_r[None, :]
+        m_u = (o_m < M)[:, None] & (o_r < R)[None, :]
         b_u = tl.load(p_u + o_m[:, None] * stride_um + o_r[None, :] * stride_ur, mask=m_u, other=0.0)  # [BM, BR]
+        m_v = (o_r < R)[:, None] & (o_p < P)[None, :]
         p_v_tile = p_v + o_r[:, None] * stride_vr + o_p.to(tl.int64)[None, :] * stride_vp
-        b_v = tl.load(p_v_tile, mask=in_r[:, None] & in_p[None, :], other=0.0)  # [BR, BP]
+        b_v = tl.load(p_v_tile, mask=m_v, other=0.0)  # [BR, BP]
         acc = dot(b_u, b_v, acc)
-    acc *= scale
-    if DROPOUT:
-        acc = tl.where(draws(p_seed, o_m, first_p, P, BP) >= threshold, acc, 0.0)
-    if BIAS:
-        acc += tl.load(p_bias + o_p, mask=in_p, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
@@ -97,32 +84,14 @@ def _seed_kernel(
     BR: tl.constexpr,
 ):
     tiles_p = tl.cdiv(P, BP)
-    first_m = tl.program_id(0) // tiles_p * BM
     first_p = tl.program_id(0) % tiles_p * BP
-    acc = _seed_tile(
-        p_u,
-        p_v,
-        p_bias,
-        p_seed,
-        first_m,
-        first_p,
-        M,
-        P,
-        R,
-        stride_um,
-        stride_ur,
-        stride_vr,
-        stride_vp,
-        scale,
-        threshold,
-        DROPOUT,
-        BIAS,
-        BM,
-        BP,
-        BR,
-    )
-    o_m = first_m.to(tl.int64) + tl.arange(0, BM)
+    o_m = (tl.program_id(0) // tiles_p).to(tl.int64) * BM + tl.arange(0, BM)
     o_p = first_p + tl.arange(0, BP)
+    acc = _product(p_u, p_v, o_m, o_p, M, P, R, stride_um, stride_ur, stride_vr, stride_vp, BM, BP, BR) * scale
+    if DROPOUT:
+        acc = tl.where(draws(p_seed, o_m, first_p, P, BP) >= threshold, acc, 0.0)
+    if BIAS:
+        acc += tl.load(p_bias + o_p, mask=o_p < P, other=0.0).to(tl.float32)[None, :]
     m_c = (o_m < M)[:, None] & (o_p < P)[None, :]
     tl.store(p_c + o_m[:, None] * P + o_p[None, :], acc.to(p_c.dtype.element_ty), mask=m_c)
 
@@ -134,7 +103,6 @@ def _gemm_kernel(
     p_u,
     p_v,
     p_bias,
-    p_seed,
     p_c,
     M,
     P,
@@ -149,10 +117,8 @@ def _gemm_kernel(
     stride_vr,
     stride_vp,
     scale,
-    threshold,
     TMA: tl.constexpr,
     W_ROWS_ARE_P: tl.constexpr,
-    DROPOUT: tl.constexpr,
     BIAS: tl.constexpr,
     BM: tl.constexpr,
     BP: tl.constexpr,
@@ -160,7 +126,7 @@ def _gemm_kernel(
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """x and w are descriptors with TMA, else pointers. With W_ROWS_ARE_P the weight lies in memory as [P, L]."""
+    """x and w are descriptors with TMA, else pointers; with W_ROWS_ARE_P the weight lies in memory as [P, L]."""
     tiles_m = tl.cdiv(M, BM)
     tiles_p = tl.cdiv(P, BP)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_p, tl.num_programs(0)):
@@ -172,28 +138,9 @@ def _gemm_kernel(
         first_p = in_band // band_rows * BP
         o_m = first_m.to(tl.int64) + tl.arange(0, BM)
         o_p = first_p + tl.arange(0, BP)
-        acc = _seed_tile(
-            p_u,
-            p_v,
-            p_bias,
-            p_seed,
-            first_m,
-            first_p,
-            M,
-            P,
-            R,
-            stride_um,
-            stride_ur,
-            stride_vr,
-            stride_vp,
-            scale,
-            threshold,
-            DROPOUT,
-            BIAS,
-            BM,
-            BP,
-            BR,
-        )
+        acc = _product(p_u, p_v, o_m, o_p, M, P, R, stride_um, stride_ur, stride_vr, stride_vp, BM, BP, BR) * scale
+        if BIAS:
+            acc += tl.load(p_bias + o_p, mask=o_p < P, other=0.0).to(tl.float32)[None, :]
         for first_l in range(0, L, BL):
             if TMA:
                 b_x = x.load([first_m, first_l])  # [BM, BL]
@@ -211,29 +158,31 @@ def _gemm_kernel(
 
 def seed_configs(shape: Shape) -> list[Config]:
     if shape.dtype == torch.float32:
-        return [{"BM": 32, "BP": 64, "num_warps": 4, "num_stages": 1}]
+        return [{"BM": 32, "BP": 32, "num_warps": 4, "num_stages": 1}]
     return [
         {"BM": 64, "BP": 128, "num_warps": 4, "num_stages": 2},
         {"BM": 128, "BP": 128, "num_warps": 8, "num_stages": 2},
-        {"BM": 32, "BP": 256, "num_warps": 4, "num_stages": 2},
+        {"BM": 64, "BP": 256, "num_warps": 8, "num_stages": 2},
     ]
 
 
-def gemm_configs(shape: Shape) -> list[Config | None]:
-    """None is the addmm way."""
-    if shape.dtype == torch.float32:
+def gemm_configs(shape: Shape, tma: bool) -> list[Config | None]:
+    """None is the addmm way: the only one with dropout, since masking the accumulator runs out of registers."""
+    if shape.dtype == torch.float32 or shape.dropout:
         return [None]
+    if not tma:
+        return [
+            None,
+            {"BM": 128, "BP": 128, "BL": 32, "GROUP": 8, "num_warps": 8, "num_stages": 4},
+            {"BM": 64, "BP": 128, "BL": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4},
+        ]
     return [
         None,
         {"BM": 128, "BP": 256, "BL": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
-        {"BM": 128, "BP": 128, "BL": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
         {"BM": 128, "BP": 128, "BL": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4},
-        {"BM": 64, "BP": 128, "BL": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4},
+        {"BM": 128, "BP": 128, "BL": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+        {"BM": 64, "BP": 128, "BL": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
     ]
-
-
-def rank_block(rank: int) -> int:
-    return min(power_of_two(rank, at_least=16), MAX_RANK_BLOCK)
 
 
 def launch_seeded_matmul(
@@ -249,10 +198,11 @@ def launch_seeded_matmul(
     (m, _), p = x.shape, w.shape[1]
     if m == 0:
         return x.new_empty(m, p)
-    shape = Shape(x.device, x.dtype, bucket(m), p, rank_block(u.shape[1]), seed is not None)
-    config = choose(f"gemm/L{x.shape[1]}", gemm_configs, shape)
-    if config is not None:
-        return launch_gemm(x, w, u, v, scale, bias, dropout, seed, config)
+    shape = Shape(x.device, x.dtype, bucket(m), p, rank_block(u.shape[1], u.dtype, MAX_RANK_BLOCK), seed is not None)
+    tma = has_tma(x.device)
+    config = choose(f"gemm/L{x.shape[1]}", functools.partial(gemm_configs, tma=tma), shape)
+    if config is not None and (not tma or (_describable(x) and _describable(_as_stored(w)))):
+        return launch_gemm(x, w, u, v, scale, bias, config)
     return launch_seed(u, v, scale, bias, dropout, seed).addmm_(x, w)
 
 
@@ -268,7 +218,7 @@ def launch_seed(
     """C0 [M, P]."""
     (m, r), p = u.shape, v.shape[1]
     c = u.new_empty(m, p)
-    br = rank_block(r)
+    br = rank_block(r, u.dtype, MAX_RANK_BLOCK)
     config = config or choose("seed", seed_configs, Shape(u.device, u.dtype, bucket(m), p, br, seed is not None))
     _seed_kernel[(triton.cdiv(m, config["BM"]) * triton.cdiv(p, config["BP"]),)](
         u,
@@ -298,28 +248,24 @@ def launch_gemm(
     v: Tensor,
     scale: float,
     bias: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
     config: Config,
 ) -> Tensor:
     (m, length), p, r = x.shape, w.shape[1], u.shape[1]
     c = x.new_empty(m, p)
     bm, bp, bl = config["BM"], config["BP"], config["BL"]
     w_rows_are_p = w.stride(0) == 1
-    rows = w.t() if w_rows_are_p else w  # the weight as it lies in memory
-    tma = _has_tma(x.device) and _describable(x) and _describable(rows)
+    tma = has_tma(x.device)
     operands: tuple[Any, Any] = (x, w)
     if tma:
         # Descriptors made here travel as launch parameters; made in the kernel they would need a global allocator.
         block = [bp, bl] if w_rows_are_p else [bl, bp]
-        operands = (TensorDescriptor.from_tensor(x, [bm, bl]), TensorDescriptor.from_tensor(rows, block))
+        operands = (TensorDescriptor.from_tensor(x, [bm, bl]), TensorDescriptor.from_tensor(_as_stored(w), block))
     tiles = triton.cdiv(m, bm) * triton.cdiv(p, bp)
     _gemm_kernel[(min(tiles, _processors(x.device)),)](
         *operands,
         u,
         v,
         bias,
-        seed,
         c,
         m,
         p,
@@ -329,22 +275,25 @@ def launch_gemm(
         *w.stride(),
         *u.stride(),
         *v.stride(),
-        scale * inverse_keep(dropout),
-        dropout_threshold(dropout),
+        scale,
         TMA=tma,
         W_ROWS_ARE_P=w_rows_are_p,
-        DROPOUT=seed is not None,
         BIAS=bias is not None,
-        BR=rank_block(r),
+        BR=rank_block(r, u.dtype, MAX_RANK_BLOCK),
         **config,
     )
     return c
 
 
-def _has_tma(device: torch.device) -> bool:
+def has_tma(device: torch.device) -> bool:
     if device.type != "cuda":
         return INTERPRET
     return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= 9
+
+
+def _as_stored(w: Tensor) -> Tensor:
+    """w, or wᵀ if that is what has contiguous rows."""
+    return w.t() if w.stride(0) == 1 else w
 
 
 def _describable(matrix: Tensor) -> bool:

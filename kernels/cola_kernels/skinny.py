@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .philox import dropout_threshold, inverse_keep
 from .tiles import dot, draws
-from .tuning import Config, Shape, choose, power_of_two
+from .tuning import Config, Shape, choose, rank_block
 
-MAX_RANK_BLOCK = 128
+MAX_RANK_BLOCK = 128  # a larger rank is cut, and x read once for each block
+MAX_RANK_BLOCK_OUTPUT = 64  # output_grads holds two products at once
 
 
 @triton.jit
@@ -77,10 +78,10 @@ def _output_grads_kernel(
     stride_br,
     stride_sm,
     stride_sr,
+    ROWS,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Partial sums: p_ds [N / BN, M, R], one a strip of columns; p_db [M / ROWS, N, R], one a run of rows."""
     i_n = tl.program_id(0)
@@ -122,11 +123,11 @@ def _factor_grad_kernel(
     stride_xm,
     stride_xk,
     threshold,
+    ROWS,
     DROPOUT: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Partial sums p_da [M / ROWS, R, K], one a run of rows."""
     i_run = tl.program_id(1)
@@ -171,44 +172,41 @@ def project_configs(shape: Shape) -> list[Config]:
         return [{"BM": 32, "BK": 32, "num_warps": 4, "num_stages": 2}]
     # A is read again for every BM rows of x, from L2: the larger the rank, the taller the tile.
     short = [
-        {"BM": 16, "BK": 256, "num_warps": 4, "num_stages": 3},
+        {"BM": 16, "BK": 256, "num_warps": 8, "num_stages": 3},
         {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 4},
     ]
     middle = [
-        {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 4},
-        {"BM": 32, "BK": 64, "num_warps": 4, "num_stages": 4},
+        {"BM": 32, "BK": 128, "num_warps": 8, "num_stages": 3},
+        {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 3},
     ]
     tall = [
         {"BM": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
+        {"BM": 64, "BK": 128, "num_warps": 8, "num_stages": 3},
         {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     ]
     if shape.rank > 64:
-        return tall
+        return tall[:1]
     if shape.rank > 32:
-        return [*middle, *tall] if shape.m <= 2048 else [*tall, *middle]
+        return [*middle, tall[0]] if shape.m <= 2048 else [tall[0], *middle]
     return [*short, *middle] if shape.m <= 2048 else [*middle, *tall, *short]
 
 
 def strip_configs(shape: Shape) -> list[Config]:
     """For the kernels that walk down M: BC columns wide, ROWS rows long."""
     if shape.dtype == torch.float32:
-        return [{"BM": 32, "BC": 32, "ROWS": 256, "num_warps": 4, "num_stages": 2}]
+        return [{"BM": 16, "BC": 32, "ROWS": 256, "num_warps": 4, "num_stages": 2}]
     rows = 128 if shape.m <= 2048 else 512  # few tokens: shorter runs, so that there are programs for every processor
     wide = [
         {"BM": 32, "BC": 256, "ROWS": rows, "num_warps": 8, "num_stages": 3},
+        {"BM": 32, "BC": 256, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
         {"BM": 64, "BC": 256, "ROWS": rows * 2, "num_warps": 8, "num_stages": 2},
     ]
     narrow = [
         {"BM": 64, "BC": 128, "ROWS": rows, "num_warps": 8, "num_stages": 3},
+        {"BM": 64, "BC": 128, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
         {"BM": 32, "BC": 128, "ROWS": rows * 2, "num_warps": 4, "num_stages": 3},
-        {"BM": 64, "BC": 64, "ROWS": rows * 2, "num_warps": 4, "num_stages": 3},
     ]
     return [*wide, *narrow] if shape.rank <= 32 else narrow
-
-
-def rank_block(rank: int) -> int:
-    """Ranks are padded to a power of two the tensor cores take; above 128 they are cut into blocks."""
-    return min(power_of_two(rank, at_least=16), MAX_RANK_BLOCK)
 
 
 def launch_project(
@@ -218,7 +216,7 @@ def launch_project(
     s = x.new_empty(m, r)
     if m == 0:
         return s
-    br = rank_block(r)
+    br = rank_block(r, x.dtype, MAX_RANK_BLOCK)
     config = config or choose("project", project_configs, Shape.of(x, br, seed))
     _project_kernel[(triton.cdiv(m, config["BM"]), triton.cdiv(r, br))](
         x,
@@ -246,7 +244,7 @@ def launch_output_grads(
     ds, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=dtype)
     if m == 0:
         return ds, db.zero_()
-    br = rank_block(r)
+    br = rank_block(r, dy.dtype, MAX_RANK_BLOCK_OUTPUT)
     config = dict(config or choose("output_grads", strip_configs, Shape.of(dy, br, None)))
     strips, runs = triton.cdiv(n, config["BC"]), triton.cdiv(m, config["ROWS"])
     ds_parts = dy.new_empty(strips, m, r, dtype=torch.float32)
@@ -277,7 +275,7 @@ def launch_factor_grad(
     da = x.new_empty(r, k, dtype=dtype)
     if m == 0:
         return da.zero_()
-    br = rank_block(r)
+    br = rank_block(r, x.dtype, MAX_RANK_BLOCK)
     config = dict(config or choose("factor_grad", strip_configs, Shape.of(x, br, seed)))
     strips, runs = triton.cdiv(k, config["BC"]), triton.cdiv(m, config["ROWS"])
     parts = x.new_empty(runs, r, k, dtype=torch.float32)

@@ -75,3 +75,11 @@ def table(gpu: str) -> dict[str, Any]:
 
 def table_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
+
+
+def rank_block(rank: int, dtype: torch.dtype, largest: int) -> int:
+    """How much of the rank one product takes: padded to a power of two that the tensor cores take, cut at `largest`.
+
+    fp32 is multiplied without tensor cores, in code unrolled over the block, and so is cut at 32.
+    """
+    return min(power_of_two(rank, at_least=16), 32 if dtype == torch.float32 else largest)
