@@ -205,7 +205,7 @@ def check(case: Case, target: str) -> tuple[str, bool]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cola_kernels.compile", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m cola_kernels.compile", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", default="sm_80,sm_90,sm_100", help=f"of {', '.join(SHARED_LIMITS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="kernels whose name contains this")

@@ -20,7 +20,6 @@ from .tiles import dot, draws
 from .tuning import Config
 
 _DRAW_RANGE = tl.constexpr(float(DRAW_RANGE))
-_REPORT_SUMS = 3
 
 # Memory-bound and run once a link: one configuration. BR is how much of the rank one step of the product takes.
 CONFIG: Config = {"BN": 32, "BK": 128, "BR": 16, "num_warps": 4, "num_stages": 2}
@@ -116,7 +115,7 @@ def merge_(
         return FoldReport(retained=1.0, error=0.0) if report else None
     stochastic = rounding == "stochastic" and weight.element_size() == 2
     tiles = triton.cdiv(n, CONFIG["BN"]) * triton.cdiv(k, CONFIG["BK"])
-    sums = torch.empty(_REPORT_SUMS, tiles, dtype=torch.float32, device=weight.device) if report else None
+    sums = weight.new_empty(3, tiles, dtype=torch.float32) if report else None
     a, b = lora_a.detach(), lora_b.detach()
     _merge_kernel[(tiles,)](
         weight.detach(),

@@ -55,22 +55,29 @@ def power_of_two(n: int, at_least: int) -> int:
 
 def choose(kernel: str, candidates: Callable[[Shape], list[Any]], shape: Shape) -> Any:
     """The tuned configuration of `kernel` for this shape, or the first candidate."""
-    if backend.TUNED and shape.device.type == "cuda":
-        entries = table(torch.cuda.get_device_name(shape.device))
-        key = shape.key(kernel)
-        if key in entries:
-            return entries[key]
-    return candidates(shape)[0]
+    tuned, config = _lookup(kernel, shape)
+    return config if tuned else candidates(shape)[0]
 
 
 @functools.cache
+def _lookup(kernel: str, shape: Shape) -> tuple[bool, Any]:
+    entries = table(gpu_name(shape.device)) if backend.TUNED else {}
+    key = shape.key(kernel)
+    return key in entries, entries.get(key)
+
+
 def table(gpu: str) -> dict[str, Any]:
+    """The entries for one GPU: this package's, overlaid with the user's."""
     entries: dict[str, Any] = {}
     for folder in (PACKAGED, backend.CACHE):
         path = folder / table_name(gpu)
         if path.is_file():
             entries.update(json.loads(path.read_text(encoding="utf-8"))["entries"])
     return entries
+
+
+def gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def table_name(gpu: str) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before triton is imported: it decides once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import torch.nn.functional as F
-from cola_kernels import backend, reference
 from torch import Tensor
+
+from cola_kernels import backend, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton 3.9's interpreter truncates fp32 to bf16, so bf16 kernels are judged on a GPU only.
@@ -97,7 +103,7 @@ def collect(y: Tensor, dy: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: Tensor
 def error(value: Tensor, exact: Tensor) -> float:
     """Relative error in the Frobenius norm; NaN counts as infinite."""
     difference = (value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)
-    return float(torch.nan_to_num(difference, nan=float("inf")))
+    return float(torch.nan_to_num(difference.detach(), nan=float("inf")))
 
 
 def assert_within_rule(got: dict[str, Tensor], problem: Problem) -> None:
@@ -123,6 +129,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = torch.Tensor.new_empty
 
     def poisoned_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return fresh(self, *args, **kwargs).fill_(float("nan"))
+        empty = fresh(self, *args, **kwargs)
+        return empty.fill_(float("nan")) if empty.is_floating_point() else empty
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_empty)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cola_kernels import reference
 from torch.utils.checkpoint import checkpoint
+
+from cola_kernels import reference
 
 from .conftest import Problem, assert_within_rule, dtype_id, eager, error, leaves, make_problem, ours
 
