@@ -138,7 +138,7 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tenso
     return draws(seed, rows, columns) >= dropout_threshold(dropout)
 
 
-TILE_ELEMENTS = 1 << 17  # of the fp32 tile merge_ works in: 512 KiB
+TILE_ELEMENTS = 1 << 15  # of the tile merge_ works in: with the draws and a report, about 1.5 MiB at once
 
 
 def merge_(

@@ -64,7 +64,7 @@ def jobs(i: Inputs) -> Iterator[Job]:
     rank = i.lora_a.shape[0]
     for dropout, seed in ((0.0, None), (0.1, i.seed)):
         shape = Shape.of(i.x, rank_block(rank, i.x.dtype, skinny.MAX_RANK_BLOCK), seed)
-        launch = partial(skinny.launch_project, i.x, i.lora_a, 1.0, dropout, seed)
+        launch: Callable[[Any], Any] = partial(skinny.launch_project, i.x, i.lora_a, 1.0, dropout, seed)
         yield Job(shape.key("project"), skinny.project_configs(shape), launch)
         launch = partial(skinny.launch_factor_grad, i.s, i.x, dropout, seed, i.x.dtype)
         yield Job(shape.key("factor_grad"), skinny.strip_configs(shape), launch)
