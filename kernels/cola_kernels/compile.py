@@ -83,17 +83,17 @@ def _skinny_cases() -> Iterator[Case]:
     for shape in _shapes(skinny.MAX_RANK_BLOCK):
         dtype = NAMES[shape.dtype]
         common = {**_dropout(shape), "BR": shape.rank, "stride_xk": 1}
-        for i, config in enumerate(skinny.project_configs(shape)):
+        for i, config in enumerate(filter(None, skinny.project_configs(shape))):
             # A is read as it lies; where dS alone is wanted, B is read as its transpose.
             for unit in ("stride_ak", "stride_ar"):
                 yield Case(skinny._project_kernel, "project", dtype, {}, {**common, unit: 1}, config, i == 0)
-        for i, strip in enumerate(skinny.strip_configs(shape)):
-            config = {k: v for k, v in strip.items() if k not in ("BC", "ROWS")}  # ROWS is not a constant
-            constants = {**common, "stride_dsr": 1, "BK": strip["BC"]}
+        for i, strip in enumerate(filter(None, skinny.strip_configs(shape))):
+            config = {k: v for k, v in strip.items() if k != "ROWS"}  # not a constant
+            constants = {**common, "stride_dsr": 1}
             types = {"p_da": "*fp32"}
             yield Case(skinny._factor_grad_kernel, "factor_grad", dtype, types, constants, config, i == 0)
             if not shape.dropout and shape.rank <= skinny.MAX_RANK_BLOCK_OUTPUT:
-                constants = {"stride_dyn": 1, "stride_br": 1, "stride_sr": 1, "BN": strip["BC"], "BR": shape.rank}
+                constants = {"stride_dyn": 1, "stride_br": 1, "stride_sr": 1, "BR": shape.rank}
                 types = {"p_ds": "*fp32", "p_db": "*fp32"}
                 yield Case(skinny._output_grads_kernel, "output_grads", dtype, types, constants, config, i == 0)
         yield Case(skinny._sum_kernel, "sum", dtype, {"p_parts": "*fp32"}, {}, skinny.SUM_CONFIG, True)

@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backend import INTERPRET
 from .philox import dropout_threshold, inverse_keep
@@ -174,7 +173,7 @@ def gemm_configs(shape: Shape, tma: bool) -> list[Config | None]:
         return [
             None,
             {"BM": 128, "BP": 128, "BL": 32, "GROUP": 8, "num_warps": 8, "num_stages": 4},
-            {"BM": 64, "BP": 128, "BL": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4},
+            {"BM": 64, "BP": 128, "BL": 32, "GROUP": 8, "num_warps": 4, "num_stages": 4},
         ]
     return [
         None,
@@ -202,24 +201,30 @@ def launch_seeded_matmul(
     tma = has_tma(x.device)
     config = choose(f"gemm/L{x.shape[1]}", functools.partial(gemm_configs, tma=tma), shape)
     if config is not None and (not tma or (_describable(x) and _describable(_as_stored(w)))):
-        return launch_gemm(x, w, u, v, scale, bias, config)
+        return run_gemm(config, x, w, u, v, scale, bias)
     return launch_seed(u, v, scale, bias, dropout, seed).addmm_(x, w)
 
 
-def launch_seed(
+def launch_seed(u: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: float, seed: Tensor | None) -> Tensor:
+    """C0 [M, P]."""
+    rank = rank_block(u.shape[1], u.dtype, MAX_RANK_BLOCK)
+    config = choose(
+        "seed", seed_configs, Shape(u.device, u.dtype, bucket(u.shape[0]), v.shape[1], rank, seed is not None)
+    )
+    return run_seed(config, u, v, scale, bias, dropout, seed)
+
+
+def run_seed(
+    config: Config,
     u: Tensor,
     v: Tensor,
     scale: float,
     bias: Tensor | None,
     dropout: float,
     seed: Tensor | None,
-    config: Config | None = None,
 ) -> Tensor:
-    """C0 [M, P]."""
     (m, r), p = u.shape, v.shape[1]
     c = u.new_empty(m, p)
-    br = rank_block(r, u.dtype, MAX_RANK_BLOCK)
-    config = config or choose("seed", seed_configs, Shape(u.device, u.dtype, bucket(m), p, br, seed is not None))
     _seed_kernel[(triton.cdiv(m, config["BM"]) * triton.cdiv(p, config["BP"]),)](
         u,
         v,
@@ -235,21 +240,13 @@ def launch_seed(
         dropout_threshold(dropout),
         DROPOUT=seed is not None,
         BIAS=bias is not None,
-        BR=br,
+        BR=rank_block(r, u.dtype, MAX_RANK_BLOCK),
         **config,
     )
     return c
 
 
-def launch_gemm(
-    x: Tensor,
-    w: Tensor,
-    u: Tensor,
-    v: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    config: Config,
-) -> Tensor:
+def run_gemm(config: Config, x: Tensor, w: Tensor, u: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     (m, length), p, r = x.shape, w.shape[1], u.shape[1]
     c = x.new_empty(m, p)
     bm, bp, bl = config["BM"], config["BP"], config["BL"]
@@ -257,6 +254,8 @@ def launch_gemm(
     tma = has_tma(x.device)
     operands: tuple[Any, Any] = (x, w)
     if tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor  # Triton 3.4; older ones have the addmm way
+
         # Descriptors made here travel as launch parameters; made in the kernel they would need a global allocator.
         block = [bp, bl] if w_rows_are_p else [bl, bp]
         operands = (TensorDescriptor.from_tensor(x, [bm, bl]), TensorDescriptor.from_tensor(_as_stored(w), block))
@@ -297,7 +296,7 @@ def _as_stored(w: Tensor) -> Tensor:
 
 
 def _describable(matrix: Tensor) -> bool:
-    """What TMA asks of a row-major matrix: contiguous rows that start 16 bytes apart, and extents below 2^31."""
+    """What TMA asks of a row-major matrix: contiguous rows, each starting at a multiple of 16 bytes."""
     stride, unit = matrix.stride()
     size = matrix.element_size()
     return unit == 1 and stride * size % 16 == 0 and matrix.data_ptr() % 16 == 0 and stride >= matrix.shape[1]

@@ -22,8 +22,13 @@ _LIBRARY = torch.library.Library("cola_kernels", "DEF")
 def _op(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register an op. Without the wrapper of torch.library.custom_op, whose checks cost more than a small launch."""
     name = schema[: schema.index("(")]
+
+    def on_its_device(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(x):  # Triton launches on the current GPU, wherever the tensors are
+            return launch(x, *args, **kwargs)
+
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cola_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.cola_kernels, name).default
 
@@ -147,5 +152,6 @@ def merge_(
     if backend.use_triton(weight):
         from .merge import merge_ as triton_merge_
 
-        return triton_merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
+        with torch.cuda.device_of(weight):
+            return triton_merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
     return reference.merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)

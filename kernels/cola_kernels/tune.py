@@ -64,13 +64,13 @@ def jobs(i: Inputs) -> Iterator[Job]:
     rank = i.lora_a.shape[0]
     for dropout, seed in ((0.0, None), (0.1, i.seed)):
         shape = Shape.of(i.x, rank_block(rank, i.x.dtype, skinny.MAX_RANK_BLOCK), seed)
-        launch: Callable[[Any], Any] = partial(skinny.launch_project, i.x, i.lora_a, 1.0, dropout, seed)
-        yield Job(shape.key("project"), skinny.project_configs(shape), launch)
-        launch = partial(skinny.launch_factor_grad, i.s, i.x, dropout, seed, i.x.dtype)
-        yield Job(shape.key("factor_grad"), skinny.strip_configs(shape), launch)
+        run = _with_config(skinny.run_project, i.x, i.lora_a, 1.0, dropout, seed)
+        yield Job(shape.key("project"), skinny.project_configs(shape), run)
+        run = _with_config(skinny.run_factor_grad, i.s, i.x, dropout, seed, i.x.dtype)
+        yield Job(shape.key("factor_grad"), skinny.strip_configs(shape), run)
     shape = Shape.of(i.dy, rank_block(rank, i.dy.dtype, skinny.MAX_RANK_BLOCK_OUTPUT), None)
-    launch = partial(skinny.launch_output_grads, i.dy, i.lora_b, i.s, 1.0, i.dy.dtype)
-    yield Job(shape.key("output_grads"), skinny.strip_configs(shape), launch)
+    run = _with_config(skinny.run_output_grads, i.dy, i.lora_b, i.s, 1.0, i.dy.dtype)
+    yield Job(shape.key("output_grads"), skinny.strip_configs(shape), run)
     forward, backward = (i.x, i.weight.t(), i.s, i.lora_b.t()), (i.dy, i.weight, i.s, i.lora_a)
     for operands, dropout, seed in ((forward, 0.0, None), (backward, 0.0, None), (backward, 0.1, i.seed)):
         yield from _matmul_jobs(operands, dropout, seed)
@@ -80,18 +80,21 @@ def _matmul_jobs(operands: tuple[Tensor, ...], dropout: float, seed: Tensor | No
     x, w, u, v = operands
     rank = rank_block(u.shape[1], u.dtype, matmul.MAX_RANK_BLOCK)
     shape = Shape(x.device, x.dtype, bucket(x.shape[0]), w.shape[1], rank, seed is not None)
-    yield Job(
-        shape.key("seed"), matmul.seed_configs(shape), partial(matmul.launch_seed, u, v, 1.0, None, dropout, seed)
-    )
+    run = _with_config(matmul.run_seed, u, v, 1.0, None, dropout, seed)
+    yield Job(shape.key("seed"), matmul.seed_configs(shape), run)
 
     def product(config: Any) -> Tensor:
         if config is None:
             return matmul.launch_seed(u, v, 1.0, None, dropout, seed).addmm_(x, w)
-        return matmul.launch_gemm(x, w, u, v, 1.0, None, config)
+        return matmul.run_gemm(config, x, w, u, v, 1.0, None)
 
     candidates = matmul.gemm_configs(shape, matmul.has_tma(x.device))
     if len(candidates) > 1:
         yield Job(shape.key(f"gemm/L{x.shape[1]}"), candidates, product)
+
+
+def _with_config(run: Callable[..., Any], *operands: Any) -> Callable[[Any], Any]:
+    return lambda config: run(config, *operands)
 
 
 def fastest(job: Job, timer: Timer) -> tuple[Any, float]:

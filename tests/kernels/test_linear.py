@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -167,7 +165,7 @@ def test_the_seeded_gemm(monkeypatch, forward, tma, rank):
     same = reference.seeded_matmul(*operands, dropout=0.0, seed=None)
     for config in matmul.gemm_configs(tuning.Shape(p.x.device, p.x.dtype, 512, 136, 32, False), tma):
         if config is not None:
-            assert error(matmul.launch_gemm(*operands, config), exact) <= 2 * error(same, exact) + 1e-6
+            assert error(matmul.run_gemm(config, *operands), exact) <= 2 * error(same, exact) + 1e-6
 
 
 @pytest.mark.parametrize("rank", [16, 64])
@@ -181,22 +179,41 @@ def test_every_configuration_of_the_skinny_kernels(rank):
     cases = [
         (
             skinny.project_configs,
-            functools.partial(skinny.launch_project, p.x, p.lora_a, 1.0, dropout, seed),
+            lambda config: skinny.run_project(config, p.x, p.lora_a, 1.0, dropout, seed),
             [reference.project(double["x"], double["lora_a"], 1.0, dropout, seed)],
         ),
         (
             skinny.strip_configs,
-            functools.partial(skinny.launch_output_grads, p.dy, p.lora_b, s, 0.5, torch.float32),
+            lambda config: skinny.run_output_grads(config, p.dy, p.lora_b, s, 0.5, torch.float32),
             reference.output_grads(double["dy"], double["lora_b"], s.double(), 0.5, torch.float64),
         ),
         (
             skinny.strip_configs,
-            functools.partial(skinny.launch_factor_grad, s, p.x, dropout, seed, torch.float32),
+            lambda config: skinny.run_factor_grad(config, s, p.x, dropout, seed, torch.float32),
             [reference.factor_grad(s.double(), double["x"], dropout, seed, torch.float64)],
         ),
     ]
-    for candidates, launch, exact in cases:
+    for candidates, run, exact in cases:
         for config in candidates(shape):
-            got = launch(config=config)
+            got = run(config)
             for value, expected in zip(got if isinstance(got, tuple) else [got], exact, strict=True):
                 assert error(value, expected) < 1e-3, config  # half an ulp of fp16 is 4.9e-4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_few_tokens_go_to_cublas_where_nothing_is_dropped(monkeypatch, dropout):
+    monkeypatch.setattr(skinny, "SMALL", 1024)
+    kernels = []
+    monkeypatch.setattr(skinny, "_project_kernel", _Recorder(skinny._project_kernel, kernels))
+    problem = make_problem(20, 40, 24, 4, torch.float32, dropout=dropout)
+    assert_within_rule(ours(cola_kernels.lora_linear, problem), problem)
+    assert len(kernels) == (1 if dropout else 0)
+
+
+class _Recorder:
+    def __init__(self, kernel, calls):
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid):
+        self.calls.append(grid)
+        return self.kernel[grid]
