@@ -173,10 +173,9 @@ SUM_CONFIG: Config = {"BLOCK": 1024, "num_warps": 4}
 
 
 def project_configs(shape: Shape) -> list[Config | None]:
-    if _is_small(shape):
-        return [None, {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 3}]
+    cublas: list[Config | None] = [None] if _is_small(shape) else []
     if shape.dtype == torch.float32:  # multiplied without tensor cores: small tiles keep the unrolled code small
-        return [{"BM": 32, "BK": 32, "num_warps": 4, "num_stages": 2}]
+        return [*cublas, {"BM": 32, "BK": 32, "num_warps": 4, "num_stages": 2}]
     # A is read again for every BM rows of x, from L2: the larger the rank, the taller the tile.
     short: list[Config | None] = [
         {"BM": 16, "BK": 256, "num_warps": 8, "num_stages": 3},
@@ -192,18 +191,17 @@ def project_configs(shape: Shape) -> list[Config | None]:
         {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     ]
     if shape.rank > 64:
-        return tall[:1]
+        return [*cublas, tall[0]]
     if shape.rank > 32:
-        return [*middle, tall[0]] if shape.m <= 2048 else [tall[0], *middle]
-    return [*short, *middle] if shape.m <= 2048 else [*middle, *tall, *short]
+        return [*cublas, *middle, tall[0]] if shape.m <= 2048 else [tall[0], *middle]
+    return [*cublas, *short, *middle] if shape.m <= 2048 else [*middle, *tall, *short]
 
 
 def strip_configs(shape: Shape) -> list[Config | None]:
     """For the kernels that walk down M: BC columns wide, ROWS rows long."""
-    if _is_small(shape):
-        return [None, {"BM": 32, "BC": 128, "ROWS": 128, "num_warps": 4, "num_stages": 3}]
+    cublas: list[Config | None] = [None] if _is_small(shape) else []
     if shape.dtype == torch.float32:
-        return [{"BM": 16, "BC": 32, "ROWS": 256, "num_warps": 4, "num_stages": 2}]
+        return [*cublas, {"BM": 16, "BC": 32, "ROWS": 256, "num_warps": 4, "num_stages": 2}]
     rows = 128 if shape.m <= 2048 else 512  # few tokens: shorter runs, so that there are programs for every processor
     wide: list[Config | None] = [
         {"BM": 32, "BC": 256, "ROWS": rows, "num_warps": 8, "num_stages": 3},
@@ -215,7 +213,7 @@ def strip_configs(shape: Shape) -> list[Config | None]:
         {"BM": 64, "BC": 128, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
         {"BM": 32, "BC": 128, "ROWS": rows * 2, "num_warps": 4, "num_stages": 3},
     ]
-    return [*wide, *narrow] if shape.rank <= 32 else narrow
+    return [*cublas, *wide, *narrow] if shape.rank <= 32 else [*cublas, *narrow]
 
 
 def _is_small(shape: Shape) -> bool:
