@@ -80,15 +80,14 @@ def make_function(ops: Primitives) -> type[Function]:
             ys = []
             for w, b, bias, scale, s_i in zip(weights, lora_bs, biases, scales, _split(s, lora_as), strict=True):
                 bias = None if bias is None else bias.to(dtype)
-                ys.append(
-                    ops.seeded_matmul(rows, w.to(dtype).t(), s_i, b.to(dtype).t(), scale, bias, 0.0, None)
-                )  # [M, N]
+                y = ops.seeded_matmul(rows, w.to(dtype).t(), s_i, b.to(dtype).t(), scale, bias, 0.0, None)  # [M, N]
+                ys.append(y.reshape(*x.shape[:-1], y.shape[-1]))
             needs = ctx.needs_input_grad[4:]
             needs_a, needs_b = any(needs[count : 2 * count]), any(needs[2 * count : 3 * count])
             ctx.save_for_backward(x if needs_a else None, s if needs_b else None, seed, *weights, *lora_as, *lora_bs)
             ctx.scales, ctx.dropout, ctx.x_shape = scales, dropout, x.shape
             ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-            return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+            return tuple(ys)
 
         @staticmethod
         @once_differentiable
@@ -103,7 +102,7 @@ def make_function(ops: Primitives) -> type[Function]:
             dx: Tensor | None = None
             das: Sequence[Tensor | None] = [None] * count
             dbs: list[Tensor | None] = [None] * count
-            dss: list[Tensor] = []
+            dss: list[Tensor] = []  # each [M, R]
             if any(needs_b):
                 for i, s_i in enumerate(_split(s, lora_as)):
                     ds, dbs[i] = ops.output_grads(rows[i], lora_bs[i].to(dtype), s_i, scales[i], lora_bs[i].dtype)
@@ -111,15 +110,17 @@ def make_function(ops: Primitives) -> type[Function]:
             elif needs_x or any(needs_a):
                 for dy, b, scale in zip(rows, lora_bs, scales, strict=True):
                     dss.append(ops.project(dy, b.to(dtype).t(), scale, 0.0, None))
+            if needs_x or any(needs_a):
+                stacked = _stack(dss, dim=1)  # [M, sum of R]
             if needs_x:
-                ds, a = _stack(dss, dim=1), _stack(lora_as).to(dtype)
-                dx = ops.seeded_matmul(rows[0], weights[0].to(dtype), ds, a, 1.0, None, dropout, seed)  # [M, K]
+                a = _stack(lora_as).to(dtype)
+                dx = ops.seeded_matmul(rows[0], weights[0].to(dtype), stacked, a, 1.0, None, dropout, seed)  # [M, K]
                 for dy, w in zip(rows[1:], weights[1:], strict=True):
                     dx.addmm_(dy, w.to(dtype))
                 dx = dx.reshape(ctx.x_shape)
             if any(needs_a):
                 x = x.reshape(-1, x.shape[-1])
-                da = ops.factor_grad(_stack(dss, dim=1), x, dropout, seed, lora_as[0].dtype)  # [sum of R, K]
+                da = ops.factor_grad(stacked, x, dropout, seed, lora_as[0].dtype)  # [sum of R, K]
                 das = [d if need else None for d, need in zip(da.split(_ranks(lora_as)), needs_a, strict=True)]
             dbs = [db if need else None for db, need in zip(dbs, needs_b, strict=True)]
             dbiases = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import autograd, backend, reference
 from .reference import FoldReport
 
-_LIBRARY = torch.library.Library("cola_kernels", "DEF")
+_LIBRARY = torch.library.Library("cola_kernels", "FRAGMENT")
 
 
 def _op(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -158,18 +158,18 @@ def _factor_grad_kernel(
 
 
 @triton.jit
-def _sum_kernel(p_parts, p_out, parts, count, scale, BLOCK: tl.constexpr):
-    """out [count] = scale · the sum of parts [parts, count], in order."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK], tl.float32)
-    p_part = p_parts + o
-    for _ in range(parts):
-        acc += tl.load(p_part, mask=o < count, other=0.0)
-        p_part += count
-    tl.store(p_out + o, (acc * scale).to(p_out.dtype.element_ty), mask=o < count)
+def _sum_kernel(p_parts, p_out, parts, count, scale, BT: tl.constexpr, BC: tl.constexpr):
+    """out [count] = scale · the sum of parts [parts, count]; BT parts are in flight at once."""
+    o_c = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
+    acc = tl.zeros([BC], tl.float32)
+    for first in range(0, parts, BT):
+        o_t = first + tl.arange(0, BT).to(tl.int64)
+        mask = (o_t < parts)[:, None] & (o_c < count)[None, :]
+        acc += tl.sum(tl.load(p_parts + o_t[:, None] * count + o_c[None, :], mask=mask, other=0.0), axis=0)  # [BC]
+    tl.store(p_out + o_c, (acc * scale).to(p_out.dtype.element_ty), mask=o_c < count)
 
 
-SUM_CONFIG: Config = {"BLOCK": 1024, "num_warps": 4}
+SUM_CONFIG: Config = {"BT": 16, "BC": 256, "num_warps": 4}
 
 
 def project_configs(shape: Shape) -> list[Config | None]:
@@ -185,16 +185,19 @@ def project_configs(shape: Shape) -> list[Config | None]:
         {"BM": 32, "BK": 128, "num_warps": 8, "num_stages": 3},
         {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 3},
     ]
+    deep: list[Config | None] = [
+        {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 4},
+        {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 3},
+    ]
     tall: list[Config | None] = [
-        {"BM": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
-        {"BM": 64, "BK": 128, "num_warps": 8, "num_stages": 3},
-        {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+        {"BM": 64, "BK": 128, "num_warps": 8, "num_stages": 2},
+        {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 2},
     ]
     if shape.rank > 64:
-        return [*cublas, tall[0]]
+        return [*cublas, *deep]
     if shape.rank > 32:
-        return [*cublas, *middle, tall[0]] if shape.m <= 2048 else [tall[0], *middle]
-    return [*cublas, *short, *middle] if shape.m <= 2048 else [*middle, *tall, *short]
+        return [*cublas, *middle, *tall] if shape.m <= 2048 else [*tall, *middle]
+    return [*cublas, *short, *middle] if shape.m <= 2048 else [*middle, *deep, *tall, *short]
 
 
 def strip_configs(shape: Shape) -> list[Config | None]:
@@ -206,7 +209,6 @@ def strip_configs(shape: Shape) -> list[Config | None]:
     wide: list[Config | None] = [
         {"BM": 32, "BC": 256, "ROWS": rows, "num_warps": 8, "num_stages": 3},
         {"BM": 32, "BC": 256, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
-        {"BM": 64, "BC": 256, "ROWS": rows * 2, "num_warps": 8, "num_stages": 2},
     ]
     narrow: list[Config | None] = [
         {"BM": 64, "BC": 128, "ROWS": rows, "num_warps": 8, "num_stages": 3},
@@ -330,5 +332,5 @@ def run_factor_grad(
 
 def _sum(parts: Tensor, scale: float, out: Tensor) -> Tensor:
     count = out.numel()
-    _sum_kernel[(triton.cdiv(count, SUM_CONFIG["BLOCK"]),)](parts, out, parts.shape[0], count, scale, **SUM_CONFIG)
+    _sum_kernel[(triton.cdiv(count, SUM_CONFIG["BC"]),)](parts, out, parts.shape[0], count, scale, **SUM_CONFIG)
     return out
