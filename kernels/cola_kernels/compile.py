@@ -66,7 +66,10 @@ class Usage(NamedTuple):
 
 def cases() -> list[Case]:
     """Everything the launchers can ask for, of one divisibility by 16."""
-    found = {case.label(): case for case in itertools.chain(_skinny_cases(), _matmul_cases(), _merge_cases())}
+    found: dict[str, Case] = {}
+    for case in itertools.chain(_skinny_cases(), _matmul_cases(), _merge_cases()):
+        rule = case.rule or (case.label() in found and found[case.label()].rule)  # for any number of tokens
+        found[case.label()] = case._replace(rule=rule)
     return list(found.values())
 
 

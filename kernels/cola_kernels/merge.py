@@ -129,7 +129,7 @@ def merge_(
         *weight.stride(),
         *a.stride(),
         *b.stride(),
-        scale,
+        float(scale),
         STOCHASTIC=stochastic,
         REPORT=report,
         **CONFIG,

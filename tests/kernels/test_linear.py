@@ -200,6 +200,19 @@ def test_every_configuration_of_the_skinny_kernels(rank):
                 assert error(value, expected) < 1e-3, config  # half an ulp of fp16 is 4.9e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+def test_more_elements_than_int32_counts():
+    """x and dX have 2.3e9 elements: the last rows lie beyond 2^31, and equal what they are alone."""
+    p = make_problem(64, 32768, 16, 8, torch.bfloat16)
+    x, dy = (t.repeat(1100, 1) for t in (p.x, p.dy))
+    got, alone = ours(cola_kernels.lora_linear, p._replace(x=x, dy=dy)), ours(cola_kernels.lora_linear, p)
+    for name in ("y", "dx"):
+        assert error(got[name][-64:], alone[name]) < 1e-2, name
+    for name in ("da", "db"):
+        assert error(got[name] / 1100, alone[name]) < 1e-2, name
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_few_tokens_go_to_cublas_where_nothing_is_dropped(monkeypatch, dropout):
     monkeypatch.setattr(skinny, "SMALL", 1024)
