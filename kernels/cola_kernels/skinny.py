@@ -185,19 +185,15 @@ def project_configs(shape: Shape) -> list[Config | None]:
         {"BM": 32, "BK": 128, "num_warps": 8, "num_stages": 3},
         {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 3},
     ]
-    deep: list[Config | None] = [
-        {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 4},
-        {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 3},
-    ]
     tall: list[Config | None] = [
         {"BM": 64, "BK": 128, "num_warps": 8, "num_stages": 2},
         {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 2},
     ]
     if shape.rank > 64:
-        return [*cublas, *deep]
+        return [*cublas, {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 3}]
     if shape.rank > 32:
         return [*cublas, *middle, *tall] if shape.m <= 2048 else [*tall, *middle]
-    return [*cublas, *short, *middle] if shape.m <= 2048 else [*middle, *deep, *tall, *short]
+    return [*cublas, *short, *middle] if shape.m <= 2048 else [*middle, *tall, *short]
 
 
 def strip_configs(shape: Shape) -> list[Config | None]:
