@@ -1,7 +1,7 @@
 """Two packages from one tree: `cola_fast` (the library) and `cola_kernels` (Triton kernels, under kernels/).
 
-`kernels/` is only a folder. A top-level package called `kernels` would shadow Hugging Face's library of that name, which
-transformers and bitsandbytes import, so it has no __init__.py and the package list below is explicit.
+`kernels/` is only a folder. A top-level package called `kernels` would shadow Hugging Face's library of that name,
+which transformers and bitsandbytes import, so it has no __init__.py and the package list below is explicit.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.10",
     packages=["cola_fast", "cola_kernels"],
     package_dir={"cola_kernels": "kernels/cola_kernels"},
-    package_data={"cola_fast": ["py.typed"], "cola_kernels": ["py.typed", "tables/*.json"]},
+    package_data={"cola_fast": ["py.typed", "demo.yaml"], "cola_kernels": ["py.typed", "tables/*.json"]},
     install_requires=[
         "torch>=2.7",
         "triton>=3.3; platform_system == 'Linux'",

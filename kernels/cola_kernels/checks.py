@@ -21,7 +21,9 @@ def check_lora_linear(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}, but it must be at least 0 and less than 1.")
     if weight.requires_grad:
-        raise ValueError("weight requires a gradient, but lora_linear holds it frozen: weight.requires_grad_(False).")
+        raise ValueError(
+            "weight requires a gradient, but lora_linear treats it as frozen: weight.requires_grad_(False)."
+        )
 
 
 def check_group(

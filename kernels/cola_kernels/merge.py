@@ -14,32 +14,20 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_merge
-from .philox import DRAW_RANGE, as_seed
-from .reference import FoldReport
+from .philox import as_seed
+from .reference import DROPPED_BITS, FoldReport
 from .tiles import dot, draws
 from .tuning import Config
-
-_DRAW_RANGE = tl.constexpr(float(DRAW_RANGE))
 
 # Memory-bound and run once a link: one configuration. BR is how much of the rank one step of the product takes.
 CONFIG: Config = {"BN": 32, "BK": 128, "BR": 16, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
-def _round_stochastic(value, draw, DTYPE: tl.constexpr):
-    """fp32 -> DTYPE (16 bits): to the nearest, or to the neighbour on the value's other side if the draw says so."""
-    near = value.to(DTYPE)
-    error = value - near.to(tl.float32)
-    bits = near.to(tl.int16, bitcast=True)
-    # The bits of a float, sign apart, count its magnitudes in order: the neighbour away from zero is one above.
-    away = (error < 0) == (bits < 0)
-    far_bits = tl.where(away, bits + 1, bits - 1)
-    smallest = tl.where(error < 0, -32767, 1)  # 0x8001 and 0x0001: the subnormals next to zero
-    far_bits = tl.where((bits & 0x7FFF) == 0, smallest, far_bits).to(tl.int16)
-    far = far_bits.to(DTYPE, bitcast=True).to(tl.float32)
-    spacing = tl.abs(far - near.to(tl.float32))
-    take_far = (tl.abs(error) * _DRAW_RANGE > draw.to(tl.float32) * spacing) & (tl.abs(far) < float("inf"))
-    return tl.where(take_far & (error != 0), far_bits, bits).to(DTYPE, bitcast=True)
+def _round_stochastic(value, draw, DROPPED: tl.constexpr):
+    """fp32, rounded to what is left without its last DROPPED bits: the carry of a draw decides, as in the reference."""
+    bits = value.to(tl.int32, bitcast=True) + (draw >> (16 - DROPPED))
+    return (bits & -(1 << DROPPED)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -59,13 +47,16 @@ def _merge_kernel(
     stride_bn,
     stride_br,
     scale,
-    STOCHASTIC: tl.constexpr,
+    DROPPED: tl.constexpr,
     REPORT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """With REPORT, a tile leaves in p_report [3, tiles]: change · delta, delta², (change - delta)², summed."""
+    """DROPPED is how many bits of fp32 the weight's dtype has no room for, or 0 to round to nearest.
+
+    With REPORT, a tile leaves in p_report [3, tiles]: change · delta, delta², (change - delta)², summed.
+    """
     tiles_k = tl.cdiv(K, BK)
     tile = tl.program_id(0)
     first_k = tile % tiles_k * BK
@@ -85,10 +76,9 @@ def _merge_kernel(
     m_w = (o_n < N)[:, None] & (o_k < K)[None, :]
     before = tl.load(p_tile, mask=m_w, other=0.0)  # [BN, BK]
     target = before.to(tl.float32) + delta
-    if STOCHASTIC:
-        after = _round_stochastic(target, draws(p_seed, o_n, first_k, K, BK), before.dtype)
-    else:
-        after = target.to(before.dtype)
+    if DROPPED:
+        target = _round_stochastic(target, draws(p_seed, o_n, first_k, K, BK), DROPPED)
+    after = target.to(before.dtype)
     tl.store(p_tile, after, mask=m_w)
     if REPORT:
         change = after.to(tl.float32) - before.to(tl.float32)
@@ -113,7 +103,7 @@ def merge_(
     (n, k), r = weight.shape, lora_a.shape[0]
     if weight.numel() == 0:
         return FoldReport(retained=1.0, error=0.0) if report else None
-    stochastic = rounding == "stochastic" and weight.element_size() == 2
+    dropped = DROPPED_BITS.get(weight.dtype, 0) if rounding == "stochastic" else 0
     tiles = triton.cdiv(n, CONFIG["BN"]) * triton.cdiv(k, CONFIG["BK"])
     sums = weight.new_empty(3, tiles, dtype=torch.float32) if report else None
     a, b = lora_a.detach(), lora_b.detach()
@@ -121,7 +111,7 @@ def merge_(
         weight.detach(),
         a,
         b,
-        as_seed(seed, weight.device) if stochastic else None,
+        as_seed(seed, weight.device) if dropped else None,
         sums,
         n,
         k,
@@ -130,7 +120,7 @@ def merge_(
         *a.stride(),
         *b.stride(),
         float(scale),
-        STOCHASTIC=stochastic,
+        DROPPED=dropped,
         REPORT=report,
         **CONFIG,
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import autograd
 from .checks import check_merge
-from .philox import DRAW_RANGE, as_seed, draws, dropout_threshold, inverse_keep
+from .philox import as_seed, draws, dropout_threshold, inverse_keep
 
 
 class FoldReport(NamedTuple):
@@ -138,7 +138,7 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tenso
     return draws(seed, rows, columns) >= dropout_threshold(dropout)
 
 
-TILE_ELEMENTS = 1 << 15  # of the tile merge_ works in: with the draws and a report, about 1.5 MiB at once
+TILE_ELEMENTS = 1 << 15  # of the fp32 tile merge_ works in: 128 KiB, so that all temporaries together stay small
 
 
 def merge_(
@@ -176,7 +176,7 @@ def merge_(
             b = lora_b.detach()[first : first + tile_rows].to(wide)
             target = torch.addmm(tile.to(wide), b, a, alpha=scale)
             before = tile.clone() if report else None
-            if rounding == "stochastic" and weight.dtype.itemsize == 2:
+            if rounding == "stochastic" and weight.dtype in DROPPED_BITS:
                 tile.copy_(_round_stochastic(target, weight.dtype, key, first))
             else:
                 tile.copy_(target)
@@ -198,12 +198,15 @@ def fold_report(along: Tensor, delta_sq: Tensor, error_sq: Tensor) -> FoldReport
     return FoldReport(float(along / delta_sq), float((error_sq / delta_sq).sqrt()))
 
 
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of fp32's mantissa
+
+
 def _round_stochastic(value: Tensor, dtype: torch.dtype, seed: Tensor, first_row: int) -> Tensor:
-    """Round fp32 `[rows, K]` to a neighbour in `dtype`, the farther one with probability distance / spacing."""
-    near = value.to(dtype)
-    error = value - near.to(value.dtype)
-    far = torch.nextafter(near, torch.full_like(near, float("inf")).copysign(error.to(dtype)))
-    spacing = (far.to(value.dtype) - near.to(value.dtype)).abs()
-    draw = draws(seed, value.shape[0], value.shape[1], first_row=first_row)
-    take_far = (error.abs() * DRAW_RANGE > draw * spacing) & (error != 0) & torch.isfinite(far)
-    return torch.where(take_far, far, near)
+    """Round fp32 `[rows, K]` to a neighbour in `dtype`, away from zero with probability distance / spacing.
+
+    A draw is added to the bits that `dtype` has no room for, and what is left of them is cut off: the carry is the
+    rounding. Below fp16's smallest normal number, 6.1e-5, the conversion itself rounds to nearest.
+    """
+    dropped = DROPPED_BITS[dtype]
+    draw = draws(seed, value.shape[0], value.shape[1], first_row=first_row).to(torch.int32) >> (16 - dropped)
+    return (value.view(torch.int32) + draw).bitwise_and_(-(1 << dropped)).view(torch.float32).to(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -13,6 +15,7 @@ from .conftest import DEVICE, TRITON_DTYPES, dtype_id
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 ROUNDINGS = ["nearest", "stochastic"]
+BF16_STOCHASTIC = (torch.bfloat16, "stochastic")
 
 
 def make(n: int, k: int, r: int, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, ...]:
@@ -101,8 +104,10 @@ def test_needs_little_memory_beside_the_weight(rounding, report):
     assert peak < 0.05 * weight.nbytes, f"{peak / weight.nbytes:.1%}"
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+# The interpreter truncates to bf16, which is right where stochastic rounding has already cut the bits off.
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [*itertools.product(TRITON_DTYPES, ROUNDINGS), BF16_STOCHASTIC], ids=str
+)
 @pytest.mark.parametrize("shape", [(1, 9, 1), (40, 130, 8), (65, 72, 24)], ids=str)
 @pytest.mark.usefixtures("on_triton", "poisoned")
 def test_triton_writes_what_the_reference_writes(shape, rounding, dtype):
@@ -135,7 +140,8 @@ def test_triton_keeps_what_overflows_and_what_is_not_a_number():
         pair = [expected.clone(), expected.clone()]
         reference.merge_(pair[0], a, torch.ones(1, 1, device=DEVICE), 1.0, rounding="stochastic", seed=seed)
         cola_kernels.merge_(pair[1], a, torch.ones(1, 1, device=DEVICE), 1.0, rounding="stochastic", seed=seed)
-        assert torch.equal(*(t.view(torch.int16)[:, [0, 1, 2, 4, 5, 6, 7]] for t in pair))
+        numbers = [t[:, [0, 1, 2, 4, 5, 6, 7]].view(torch.int16) for t in pair]
+        assert torch.equal(*numbers)
         assert all(bool(t[0, 3].isnan()) for t in pair)
 
 

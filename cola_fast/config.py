@@ -1,0 +1,356 @@
+"""The configuration: one tree of frozen dataclasses. YAML, `key=value` overrides and RUN/config.yaml all come from it.
+
+Reading order: the dataclasses are the documentation of every key; `load` builds a tree from a file and overrides,
+`to_dict` turns it back. Nothing here imports torch, so `cola --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .errors import UserError, near
+from .methods import METHODS
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = ""  # a folder, or a name on the Hugging Face hub
+    revision: str | None = None
+    gguf_file: str | None = None  # a GGUF file inside that folder or repository
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device multiplies it natively, else fp32
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    attention: str | None = None  # transformers' attn_implementation: sdpa, eager, flash_attention_2
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""  # a jsonl, json, csv or parquet file, or a hub data set
+    eval: str | None = None  # the same; without it `eval_share` of the training rows is held out
+    test: str | None = None  # used by `cola eval` (falls back to eval)
+    eval_share: float = 0.05
+    hub_config: str | None = None  # a hub data set's configuration name
+    train_split: str = "train"
+    eval_split: str = "validation"
+    test_split: str = "test"
+    format: Literal["auto", "text", "completion", "messages", "classification"] = "auto"
+    template: str = "{text}"  # classification: the prompt, with columns in braces
+    label_column: str = "label"
+    verbalisers: dict[str, str] | None = None  # classification: label -> the words that stand for it
+    max_length: int = 1024  # tokens
+    too_long: Literal["truncate", "drop", "error"] = "truncate"  # the count is always reported
+    limit: int | None = None  # use only the first rows
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    method: str = "cola"
+    r: int = 8
+    alpha: float = 16.0  # scale = alpha / R
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = ("q_proj", "v_proj")  # module names, "all-linear", or a regular expression
+    rank_pattern: dict[str, int] | None = None  # module name or pattern -> rank
+    base: Literal["auto", "dense"] = "auto"
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto"  # how a tie rounds into 16-bit weights
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    links: int = 1
+    epochs: float | None = None  # over the whole chain; exactly one of epochs and steps
+    steps: int | None = None
+    shares: tuple[float, ...] | None = None  # relative length of each link; equal when absent
+    ranks: tuple[int, ...] | None = None  # rank of each link; chain.r when absent
+    plateau: int | None = None  # end a link after this many evaluations without a better loss
+    lr: float = 1e-3
+    lr_span: Literal["global", "restart"] = "global"  # one curve over the chain, or one per link
+    lr_shape: Literal["linear", "cosine", "constant"] = "linear"
+    lr_end: float = 0.0  # share of lr at the end of the span
+    warmup: float = 0.0  # below 1: share of the span; otherwise steps
+    optimizer_state: Literal["reset", "keep"] = "reset"  # at a tie; keep needs equal ranks
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: int = 8  # sequences per forward pass
+    accumulation: int = 1  # forward passes per optimizer step
+    packing: bool = False  # concatenate sequences into rows of max_length, attention kept block-diagonal
+    group_by_length: bool = True
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float | None = 1.0  # gradient norm
+    activation_checkpointing: bool = False
+    seed: int = 0
+    eval_every: int | None = None  # steps; the end of every link is always evaluated
+    eval_batch_size: int = 16
+    early_stop: int | None = None  # end training after this many evaluations without a better loss
+    save_every: int = 100  # steps; a checkpoint is also written at every knot
+    log_every: int = 5
+    loggers: tuple[Literal["tensorboard", "trackio"], ...] = ()
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "runs/cola"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    chain: ChainConfig = field(default_factory=ChainConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides, fill in the method's preset, check everything."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"There is no configuration file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a YAML configuration: {error}.") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds a {type(raw).__name__}, but a configuration is a mapping of keys to values.")
+    return from_dict(raw, overrides)
+
+
+def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The same from a mapping of the YAML's shape."""
+    chosen = copy.deepcopy(dict(raw))
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"{item!r} is not an override: write key=value, for example schedule.lr=1e-3.")
+        _set(chosen, _full_key(key.strip()), yaml.safe_load(value))
+    chain = chosen.get("chain")
+    method = chain.get("method", ChainConfig.method) if isinstance(chain, dict) else ChainConfig.method
+    if method not in METHODS:
+        raise UserError(
+            f"chain.method is {method!r}, but must be one of {', '.join(METHODS)}.{near(str(method), METHODS)}"
+        )
+    config: Config = _build(Config, _merge(METHODS[method].defaults, chosen), "")
+    validate(config)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain mappings and lists, ready for YAML."""
+    return {
+        f.name: to_dict(value)
+        if dataclasses.is_dataclass(value)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for f in dataclasses.fields(config)
+        for value in [getattr(config, f.name)]
+    }
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def validate(config: Config) -> None:
+    """Rules that types cannot say. Each failure names its key."""
+    s, t, d, c = config.schedule, config.train, config.data, config.chain
+    _require(bool(config.model.name), "model.name is missing: name a folder or a model on the hub.")
+    _require(bool(d.train), "data.train is missing: name a jsonl, csv or parquet file or a hub data set.")
+    _require(c.r >= 1, f"chain.r is {c.r}, but a rank is at least 1.")
+    for name, rank in (c.rank_pattern or {}).items():
+        _require(rank >= 1, f"chain.rank_pattern gives {name} rank {rank}, but a rank is at least 1.")
+    _require(c.alpha > 0, f"chain.alpha is {c.alpha}, but it must be positive.")
+    _require(0 <= c.dropout < 1, f"chain.dropout is {c.dropout}, but it must be at least 0 and less than 1.")
+    _require(len(c.targets) > 0, "chain.targets is empty: name at least one module, or all-linear.")
+    _require(s.links >= 1, f"schedule.links is {s.links}, but a chain has at least 1 link.")
+    _require(
+        (s.epochs is None) != (s.steps is None),
+        "Give the chain's whole length once: either schedule.epochs or schedule.steps"
+        + (", not both." if s.epochs is not None else "."),
+    )
+    length = s.steps if s.steps is not None else s.epochs
+    _require(length is not None and length > 0, f"schedule's length is {length}, but it must be positive.")
+    for key, values in (("shares", s.shares), ("ranks", s.ranks)):
+        if values is not None:
+            _require(
+                len(values) == s.links,
+                f"schedule.{key} has {len(values)} entries, but schedule.links is {s.links}: give one for each link.",
+            )
+            _require(min(values) > 0, f"schedule.{key} is {list(values)}, but every entry must be positive.")
+    _require(s.lr > 0, f"schedule.lr is {s.lr}, but it must be positive.")
+    _require(0 <= s.lr_end <= 1, f"schedule.lr_end is {s.lr_end}, but it is a share of lr between 0 and 1.")
+    _require(s.warmup >= 0, f"schedule.warmup is {s.warmup}, but it must not be negative.")
+    for key in ("batch_size", "accumulation", "save_every", "log_every", "eval_batch_size"):
+        _require(getattr(t, key) >= 1, f"train.{key} is {getattr(t, key)}, but it must be at least 1.")
+    for where, key, value in (
+        ("train", "eval_every", t.eval_every),
+        ("train", "early_stop", t.early_stop),
+        ("train", "clip", t.clip),
+        ("schedule", "plateau", s.plateau),
+        ("data", "limit", d.limit),
+    ):
+        _require(
+            value is None or value > 0, f"{where}.{key} is {value}, but it must be positive, or null to turn it off."
+        )
+    _require(d.max_length >= 2, f"data.max_length is {d.max_length}, but it must be at least 2 tokens.")
+    _require(0 <= d.eval_share < 1, f"data.eval_share is {d.eval_share}, but it is a share of the rows in [0, 1).")
+    _require(
+        d.format != "classification" or bool(d.verbalisers and len(d.verbalisers) > 1),
+        "data.format is classification, but data.verbalisers does not give the words of at least two labels.",
+    )
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(sentence)
+
+
+# --- from plain mappings to dataclasses -------------------------------------------------------------------------------
+
+
+def _build(cls: Any, raw: Any, path: str) -> Any:
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{path} is {raw!r}, but it is a section: a mapping of keys to values.")
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in hints:
+            raise UserError(f"Unknown key {_join(path, str(key))}.{_nearest_key(str(key), path, hints)}")
+    return cls(**{key: _convert(hints[key], value, _join(path, key)) for key, value in raw.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options:
+            try:
+                return _convert(option, value, path)
+            except UserError:
+                if option is options[-1]:
+                    raise
+    if origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+        raise UserError(f"{path} is {value!r}, but must be one of {', '.join(map(str, args))}.{near(str(value), args)}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) == len(value):
+            return tuple(
+                _convert(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+            )
+    if origin is dict and isinstance(value, Mapping):
+        return {_convert(args[0], _word(k), path): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    if hint is float:
+        number = _number(value)
+        if number is not None:
+            return number
+    elif hint in (int, bool, str) and type(value) is hint:
+        return value
+    raise UserError(f"{path} is {value!r} ({type(value).__name__}), but must be {_spell(hint)}.")
+
+
+def _number(value: Any) -> float | None:
+    """YAML 1.1 reads 1e-3 (no dot) as a string, which nobody means."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _word(key: Any) -> Any:
+    """Labels such as 0, 1 or true are keys that people leave unquoted."""
+    return str(key).lower() if isinstance(key, bool) else str(key) if isinstance(key, int) else key
+
+
+def _spell(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spell(a) for a in args)
+    if origin is tuple:
+        return f"a list of {_spell(args[0])}" if args[-1] is Ellipsis else f"a list of {len(args)} values"
+    if origin is dict:
+        return "a mapping"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(hint, str(hint))
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def _keys(cls: Any = Config, path: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys += _keys(hint, _join(path, name)) if dataclasses.is_dataclass(hint) else [_join(path, name)]
+    return keys
+
+
+def _full_key(key: str) -> str:
+    """An override may leave out the section where the last part is unique: `lr=1e-3`."""
+    section_of_mapping = next((k for k in _keys() if key.startswith(k + ".")), None)
+    if key in _keys() or section_of_mapping:
+        return key
+    found = [k for k in _keys() if k.endswith("." + key)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{key} could be {' or '.join(found)}: write the whole key.")
+    raise UserError(f"Unknown key {key}.{_nearest_key(key, '', ())}")
+
+
+def _nearest_key(key: str, path: str, siblings: Any) -> str:
+    """The same word in another section, else a near sibling, else a near key anywhere."""
+    leaves = {k.split(".")[-1]: k for k in _keys()}
+    last = key.split(".")[-1]
+    if last in leaves and last not in siblings:
+        return f" Did you mean {', '.join(k for k in _keys() if k.split('.')[-1] == last)}?"
+    hint = near(key, [str(s) for s in siblings]) or near(_join(path, key), _keys())
+    if hint or not (found := near(last, leaves, count=1)):
+        return hint
+    return found.replace(word := found.split()[-1].rstrip("?"), leaves[word])
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = tree.get(section)
+        if not isinstance(inner, dict):
+            inner = tree[section] = {}
+        tree = inner
+    tree[last] = value
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings merge; anything else in `over` wins."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(typing.cast(Mapping[str, Any], below), value) if both else value
+    return merged

@@ -1,0 +1,488 @@
+"""From files to token sequences.
+
+`load_data` reads rows (with `datasets`), turns each into pieces of text that either carry loss or do not, tokenises the
+pieces, and fits them into `max_length`. Four kinds of rows: plain text; prompt + completion; chat messages;
+classification by verbalisers, where the words that stand for a label compete for the place after the prompt.
+
+**The border between prompt and completion.** A prompt is always tokenised on its own, because that is what the model is
+given at inference. What follows it is `encode(prompt + rest)` minus the prompt's tokens whenever that begins with the
+prompt's tokens (so SentencePiece adds no second space), and otherwise `encode(rest)`: a prompt ending in a space, say,
+would have its last token swallowed by the first word of the completion. Those rows are counted in the notes.
+
+**Special tokens.** What the tokenizer puts before a text (BOS, for some) opens each example, once; chat templates write
+their own. A text and a completion end with EOS, so that the model learns to stop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import DataConfig
+from .errors import UserError, near
+
+IGNORE = -100  # the label of a token without loss, as in PyTorch and transformers
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One token sequence. `labels[i]` is the token at i, or -100 where there is no loss; the loss does the shift."""
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int = 0  # tokens before the completion or the verbaliser
+    candidates: tuple[
+        tuple[int, ...], ...
+    ] = ()  # classification: the tokens of every label, in the order of Data.labels
+    answer: int = -1  # classification: which of them is gold; its tokens end input_ids
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Data:
+    kind: str  # text, completion, messages or classification
+    train: list[Example]
+    eval: list[Example]
+    test: list[Example]  # the test set, or eval where there is none
+    max_length: int  # no example is longer (data.max_length, capped by the model's context)
+    labels: tuple[str, ...] = ()  # classification: the labels, in the order of Example.candidates
+    notes: list[str] = field(default_factory=list)  # what was read, cut and dropped; meant to be printed
+
+
+def load_data(config: DataConfig, tokenizer: Any, *, context: int, seed: int) -> Data:
+    """Read, tokenise and split everything `config` names.
+
+    context: the longest sequence the model takes, in tokens. seed: chooses the held-out rows; the choice depends on the
+    rows' content, not on their order, and equal rows stay on one side. Raises UserError for every kind of bad input.
+    """
+    notes = []
+    max_length = min(config.max_length, context)
+    if max_length < config.max_length:
+        notes.append(f"max_length is {context}, the model's context, instead of {config.max_length}.")
+    tables = {"train": _read(config.train, config.train_split, config)}
+    if config.eval is not None:
+        tables["eval"] = _read(config.eval, config.eval_split, config)
+    if config.test is not None:
+        tables["test"] = _read(config.test, config.test_split, config)
+    kind = _kind(config, tables["train"])
+    rows = {name: _ROWS[kind](table, config, tokenizer) for name, table in tables.items()}
+    if config.eval is None and config.eval_share > 0:
+        rows["train"], rows["eval"] = _hold_out(rows["train"], config.eval_share, seed)
+        notes.append(
+            f"eval: {len(rows['eval'])} rows held out of {config.train}"
+            + ("." if rows["eval"] else ": too few different rows, so there is no evaluation set.")
+        )
+    sets: dict[str, list[Example]] = {}
+    for name, part in rows.items():
+        source = tables[name if name in tables else "train"].source
+        sets[name], note = _Encoder(kind, tokenizer, config.too_long, max_length, source)(part)
+        if part:
+            notes.append(f"{name}: {note}")
+        if not sets[name] and name in tables:
+            raise UserError(f"None of the {len(part)} rows of {source} leaves a token to learn from ({note}).")
+    held = sets.get("eval", [])
+    labels = tuple(config.verbalisers or ()) if kind == "classification" else ()
+    return Data(kind, sets["train"], held, sets.get("test", held), max_length, labels, notes)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Table:
+    source: str
+    data: Any  # datasets.Dataset
+
+    def column(self, name: str) -> list[Any]:
+        if name not in self.data.column_names:
+            has = ", ".join(self.data.column_names)
+            raise UserError(f"{self.source} has no column {name!r} (it has {has}).{near(name, self.data.column_names)}")
+        return list(self.data[name])
+
+
+def _read(source: str, split: str, config: DataConfig) -> _Table:
+    path = Path(source)
+    builder = BUILDERS.get(path.suffix.lower())
+    if builder and not path.is_file():
+        raise UserError(f"There is no file {source}: check the path (relative paths start from {Path.cwd()}).")
+    if path.is_file() and builder is None:
+        raise UserError(f"{source} is a {path.suffix or 'nameless'} file, but data is read from {', '.join(BUILDERS)}.")
+    # a path-like name is a mistyped path: say so at once, not after half a minute of asking the hub
+    if builder is None and not path.is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+        raise UserError(f"{source} is neither a file or folder here nor the name of a hub data set (owner/name).")
+    data = _load_file(path, builder) if builder else _load_hub(source, split, config)
+    if len(data) == 0:
+        raise UserError(f"{source} holds no rows: an empty data set cannot be used.")
+    if config.limit is not None:
+        data = data.select(range(min(config.limit, len(data))))
+    return _Table(source, data)
+
+
+def _load_file(path: Path, builder: str) -> Any:
+    import datasets
+
+    # pandas would read the words NA, null and None as missing cells
+    options = {"keep_default_na": False} if builder == "csv" else {}
+    try:
+        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    except Exception as error:  # pyarrow, pandas and datasets each raise their own kinds for a malformed file
+        if path.stat().st_size == 0 or "corresponds to no data" in str(error):
+            raise UserError(f"{path} holds no rows: an empty data set cannot be used.") from None
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {_why_unreadable(path, error)}.") from None
+
+
+def _why_unreadable(path: Path, error: BaseException) -> str:
+    """datasets names neither the file nor the line, so JSON is read again to find it."""
+    try:
+        if path.suffix.lower() == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        row = json.loads(line) if line.strip() else {}
+                    except json.JSONDecodeError as wrong:
+                        return f"line {number}: {wrong.msg}"
+                    if not isinstance(row, dict):
+                        return f"line {number} is {line.strip()[:40]}, but must be an object with columns as keys"
+        elif path.suffix.lower() == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as wrong:
+        return str(wrong)
+    return _one_line(error.__cause__ or error)
+
+
+def _load_hub(source: str, split: str, config: DataConfig) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, config.hub_config, split=split)
+    except OSError as error:  # unreachable, offline or not found
+        raise UserError(
+            f"{source} is not a {', '.join(BUILDERS)} file here, and the hub, which is unreachable or has no such data "
+            f"set, does not give it: {_one_line(error)}."
+        ) from None
+    except Exception as error:  # an unknown split or configuration, a loading script, a malformed file
+        raise UserError(
+            f"The data set {source} (configuration {config.hub_config or 'default'}, split {split}) cannot be read: "
+            f"{_one_line(error)}."
+        ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+# --- from columns to pieces of text -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    number: int  # counted from 1, as in the file
+    pieces: tuple[tuple[str, bool], ...] = ()  # text, carries loss
+    choices: tuple[str, ...] = ()  # classification: what may follow the pieces
+    answer: int = -1
+    marked: tuple[list[int], list[bool]] | None = None  # already tokens: ids, carries loss
+
+
+def _kind(config: DataConfig, table: _Table) -> str:
+    if config.format != "auto":
+        return config.format
+    names = set(table.data.column_names)
+    if config.verbalisers:
+        return "classification"
+    for kind, needs in (("messages", {"messages"}), ("completion", {"prompt", "completion"}), ("text", {"text"})):
+        if needs <= names:
+            return kind
+    raise UserError(
+        f"{table.source} has the columns {', '.join(sorted(names))}, but needs text, or prompt and completion, or "
+        "messages; for classification give data.template, data.label_column and data.verbalisers."
+    )
+
+
+def _texts(table: _Table, column: str) -> list[str]:
+    cells = table.column(column)
+    for number, cell in enumerate(cells, 1):
+        if not isinstance(cell, str):
+            raise _wrong_cell(table, number, column, cell, "text")
+    return cells
+
+
+def _wrong_cell(table: _Table, number: int, column: str, cell: Any, wanted: str) -> UserError:
+    given = "empty" if cell is None else f"{str(cell)[:40]!r} ({type(cell).__name__})"
+    return UserError(f"Row {number} of {table.source}: {column} is {given}, but must be {wanted}.")
+
+
+def _text_rows(table: _Table, config: DataConfig, tokenizer: Any) -> list[_Row]:
+    return [_Row(number, ((text, True),)) for number, text in enumerate(_texts(table, "text"), 1)]
+
+
+def _completion_rows(table: _Table, config: DataConfig, tokenizer: Any) -> list[_Row]:
+    pairs = zip(_texts(table, "prompt"), _texts(table, "completion"), strict=True)
+    return [_Row(number, ((prompt, False), (rest, True))) for number, (prompt, rest) in enumerate(pairs, 1)]
+
+
+def _classification_rows(table: _Table, config: DataConfig, tokenizer: Any) -> list[_Row]:
+    words = config.verbalisers
+    if not words or len(words) < 2:
+        raise UserError("data.format is classification, but data.verbalisers does not give the words of two labels.")
+    try:
+        parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(config.template)]
+    except ValueError as error:
+        raise UserError(f"data.template {config.template!r} is malformed ({error}): write {{{{ for a brace.") from None
+    has = table.data.column_names
+    for unknown in {name for _, name in parts if name is not None} - set(has):
+        raise UserError(
+            f"data.template names {unknown!r}, but {table.source} has {', '.join(has)}.{near(unknown, has)}"
+        )
+    cells = {name: table.column(name) for _, name in parts if name is not None}
+    if not cells:
+        raise UserError(f"data.template {config.template!r} names no column: write one in braces, as in {{text}}.")
+    names = getattr(
+        table.data.features.get(config.label_column), "names", None
+    )  # a hub ClassLabel: 0 may be "negative"
+    keys = list(words)
+    rows = []
+    for number, label in enumerate(table.column(config.label_column), 1):
+        key = _label_key(label)
+        if key not in words and names and isinstance(label, int) and 0 <= label < len(names):
+            key = names[label]
+        if key not in words:
+            raise UserError(
+                f"Row {number} of {table.source}: {config.label_column} is {label!r}, which is not in data.verbalisers "
+                f"({', '.join(keys)}): add it there, or correct the row."
+            )
+        prompt = ""
+        for literal, name in parts:
+            prompt += literal
+            if name is not None:
+                cell = cells[name][number - 1]
+                if isinstance(cell, bool) or not isinstance(cell, (str, int, float)):
+                    raise _wrong_cell(table, number, name, cell, "text or a number")
+                prompt += str(cell)
+        rows.append(_Row(number, ((prompt, False),), tuple(words.values()), keys.index(key)))
+    return rows
+
+
+def _label_key(label: Any) -> str:
+    """As config.py reads the keys of data.verbalisers, which YAML may have taken for numbers or truth values."""
+    if isinstance(label, bool):
+        return str(label).lower()
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+def _message_rows(table: _Table, config: DataConfig, tokenizer: Any) -> list[_Row]:
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{table.source} holds messages, but the tokenizer has no chat template: use an instruction-tuned model's "
+            "tokenizer, or write the rows as prompt and completion."
+        )
+    marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
+    rows = []
+    for number, cell in enumerate(table.column("messages"), 1):
+        if not isinstance(cell, list) or not cell or not all(isinstance(message, dict) for message in cell):
+            raise _wrong_cell(table, number, "messages", cell, "a list of {role, content}")
+        # datasets fills the keys that other rows have with None
+        chat = [{key: value for key, value in message.items() if value is not None} for message in cell]
+        for message in chat:
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise _wrong_cell(table, number, "messages", message, "text under role and under content")
+        try:
+            rows.append(_Row(number, **(_marked(chat, tokenizer) if marks else _turns(chat, tokenizer))))
+        except (jinja2.TemplateError, _Unstable) as error:
+            raise UserError(f"Row {number} of {table.source}: the chat template refuses it: {error}.") from None
+    return rows
+
+
+def _marked(chat: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
+    """The template says itself, by {% generation %}, which tokens the assistant writes."""
+    both = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    return {"marked": (list(both["input_ids"]), [bool(mark) for mark in both["assistant_masks"]])}
+
+
+class _Unstable(Exception):
+    pass
+
+
+def _turns(chat: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
+    """Without those marks: an assistant turn is what rendering it adds to the prompt that asks for it.
+
+    Exact only if each rendered prefix of the conversation begins the rendering of the whole; some templates rewrite
+    earlier turns once later ones follow, and those are refused.
+    """
+
+    def render(count: int, ask: bool) -> str:
+        return str(tokenizer.apply_chat_template(chat[:count], tokenize=False, add_generation_prompt=ask))
+
+    whole = render(len(chat), False)
+    pieces: list[tuple[str, bool]] = []
+    done = 0
+    for turn, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        before, after = render(turn, True) if turn else "", render(turn + 1, False)
+        if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)):
+            raise _Unstable(
+                f"it renders message {turn + 1} or those before it differently once more follows, so the assistant's "
+                "part cannot be told; add {% generation %} marks to the template"
+            )
+        end = len(after.rstrip())  # the line break after the end-of-turn token is not the assistant's to write
+        end = end if end > len(before) else len(after)
+        pieces += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
+        done = end
+    return {"pieces": (*pieces, (whole[done:], False))}
+
+
+_ROWS = {
+    "text": _text_rows,
+    "completion": _completion_rows,
+    "messages": _message_rows,
+    "classification": _classification_rows,
+}
+
+
+def _hold_out(rows: list[_Row], share: float, seed: int) -> tuple[list[_Row], list[_Row]]:
+    """Rows whose seeded hash is among the lowest `share` of the different hashes, at least one, never all."""
+    marks = [_fingerprint(row, seed) for row in rows]
+    ranked = sorted(set(marks))
+    chosen = set(ranked[: min(max(1, round(len(ranked) * share)), len(ranked) - 1)])
+    return (
+        [row for row, mark in zip(rows, marks, strict=True) if mark not in chosen],
+        [row for row, mark in zip(rows, marks, strict=True) if mark in chosen],
+    )
+
+
+def _fingerprint(row: _Row, seed: int) -> bytes:
+    content = json.dumps([seed, row.pieces, row.answer, row.marked])
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+# --- from pieces of text to tokens ------------------------------------------------------------------------------------
+
+
+class _Encoder:
+    """Rows of one source to examples, with the counts that the note reports."""
+
+    def __init__(self, kind: str, tokenizer: Any, too_long: str, max_length: int, source: str) -> None:
+        self.kind, self.tokenizer, self.source = kind, tokenizer, source
+        self.too_long, self.max_length = too_long, max_length
+        self.head = [] if kind == "messages" else _head(tokenizer)
+        self.long = self.cut = self.unlabelled = self.swallowed = 0
+
+    def __call__(self, rows: Sequence[_Row]) -> tuple[list[Example], str]:
+        examples = []
+        for start in range(0, len(rows), 1000):  # tokenizers work best on many texts at once, memory on few
+            part = rows[start : start + 1000]
+            fitted = map(self._fit, part, self._encode(part))
+            examples += [example for example in fitted if example is not None]
+        return examples, self._note(len(rows), examples)
+
+    def _encode(self, rows: Sequence[_Row]) -> list[Example]:
+        """Untrimmed examples. The texts of all rows go through the tokenizer in one call."""
+        texts = []
+        for row in rows:
+            texts += list(itertools.accumulate(text for text, _ in row.pieces))
+            texts += [texts[-1] + choice for choice in row.choices]
+        tokens = iter(self._tokens(texts))
+        return [self._join(row, tokens) for row in rows]
+
+    def _join(self, row: _Row, tokens: Iterator[list[int]]) -> Example:
+        ids: list[int] = []
+        loss: list[bool] = []
+        prompt_length = 0
+        for text, learn in row.pieces:
+            added = self._added(ids, next(tokens), text)
+            ids, loss = ids + added, loss + [learn] * len(added)
+            prompt_length = prompt_length if learn else len(ids)
+        if row.marked is not None:
+            ids, loss = row.marked
+        candidates = tuple(tuple(self._added(ids, next(tokens), choice)) for choice in row.choices)
+        if candidates:
+            if not all(candidates) or len(set(candidates)) < len(candidates):
+                raise UserError(
+                    f"data.verbalisers are {', '.join(map(repr, row.choices))}, but to this tokenizer some are equal "
+                    "or empty: choose other words."
+                )
+            gold = candidates[row.answer]
+            ids, loss = ids + list(gold), loss + [True] * len(gold)
+        eos = self.tokenizer.eos_token_id
+        if self.kind in ("text", "completion") and ids and eos is not None and (ids[-1] != eos or not loss[-1]):
+            ids, loss = [*ids, eos], [*loss, True]
+        ids, loss = self.head + ids, [False] * len(self.head) + loss
+        labels = [token if learn else IGNORE for token, learn in zip(ids, loss, strict=True)]
+        prompt_length = prompt_length + len(self.head) if self.kind in ("completion", "classification") else 0
+        return Example(ids, labels, prompt_length, candidates, row.answer)
+
+    def _added(self, before: list[int], joint: list[int], text: str) -> list[int]:
+        """The tokens of `text` after `before`, where `joint` are those of the whole; see the module's docstring."""
+        if joint[: len(before)] == before:
+            return joint[len(before) :]
+        self.swallowed += 1
+        return self._tokens([text])[0]
+
+    def _fit(self, row: _Row, example: Example) -> Example | None:
+        """The example within max_length, or None if it is to be dropped. The labelled end of a prompt is never cut."""
+        prompt, head = example.prompt_length, len(self.head)
+        tail = max(map(len, example.candidates), default=len(example) - prompt)
+        length = prompt + tail
+        if length > self.max_length:
+            self.long += 1
+            if self.too_long == "error":
+                raise UserError(
+                    f"Row {row.number} of {self.source} has {length} tokens, more than the {self.max_length} allowed: "
+                    "raise data.max_length (up to the model's context), or set data.too_long to truncate or drop."
+                )
+            if self.too_long == "drop":
+                return None
+            if self.kind in ("completion", "classification"):
+                room = self.max_length - head - tail  # for the end of the prompt
+                if room < 1:
+                    return None
+                cut = slice(prompt - room, None)
+                ids, labels = (whole[:head] + whole[cut] for whole in (example.input_ids, example.labels))
+                example = Example(ids, labels, head + room, example.candidates, example.answer)
+            else:
+                example = Example(example.input_ids[: self.max_length], example.labels[: self.max_length])
+            self.cut += 1
+        # the first token of a sequence has nothing before it to be predicted from
+        scorable = example.prompt_length > 0 if example.candidates else any(t != IGNORE for t in example.labels[1:])
+        if not scorable:
+            self.unlabelled += 1
+            return None
+        return example
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        # verbose=False: no warning about the model's length, which _fit enforces
+        return list(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
+
+    def _note(self, read: int, examples: Sequence[Example]) -> str:
+        tokens = sum(map(len, examples))
+        learn = sum(label != IGNORE for e in examples for label in e.labels[1:])
+        side = "left of the prompt" if self.kind in ("completion", "classification") else "right"
+        parts = [f"{read} rows of {self.source}, {len(examples)} used"]
+        for count, words in (
+            (self.long, f"longer than {self.max_length} tokens"),
+            (self.cut, f"of these cut from the {side}"),
+            (self.long - self.cut, "of these dropped"),
+            (self.unlabelled, "dropped with no token to learn from"),
+            (self.swallowed, "pieces tokenised apart from their prompt (does it end in a space or line break?)"),
+        ):
+            parts += [f"{count} {words}"] if count else []
+        return "; ".join([*parts, f"{tokens} tokens, {learn} with loss, longest {max(map(len, examples), default=0)}"])
+
+
+def _head(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text. What it puts after is left out: EOS is ours to add, where a text ends."""
+    bare, full = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    starts = range(len(full) - len(bare) + 1)
+    return next((full[:start] for start in starts if full[start : start + len(bare)] == bare), [])

@@ -1,0 +1,114 @@
+"""Loading a model and its tokenizer, and asking it for just the logits that are needed."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_model(config: ModelConfig) -> nn.Module:
+    """`AutoModelForCausalLM.from_pretrained`, on the device, in the dtype, in eval mode, never running remote code
+    unless `trust_remote_code` says so, and never reading pickled weights."""
+    from transformers import AutoModelForCausalLM
+
+    device = resolve_device(config.device)
+    options: dict[str, Any] = {"dtype": resolve_dtype(config.dtype, device)}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    if config.gguf_file is None:
+        options["use_safetensors"] = True
+    model = _from_pretrained(AutoModelForCausalLM, config, **options)
+    if config.gguf_file is not None:
+        forget_gguf(model)
+    return cast(nn.Module, model.to(device).eval())
+
+
+def load_empty_model(config: ModelConfig) -> nn.Module:
+    """The same architecture on the meta device: shapes without weights, for estimates."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = _from_pretrained(AutoConfig, config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    return cast(nn.Module, model)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, any known token will do
+    return tokenizer
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"model.device is {name!r}, but must be auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"model.device is {name}, but PyTorch finds no CUDA GPU: use device: auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"model.device is {name}, but there are only {torch.cuda.device_count()} GPUs.")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 where it is fast. A CPU without bf16 instructions emulates it slowly and gets fp32."""
+    if name != "auto":
+        return DTYPES[name]
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def context_length(model: nn.Module) -> int:
+    """Longest sequence the model was made for, in tokens."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+
+
+def needed_logits(model: nn.Module, batch: Any) -> Tensor:
+    """`[B, P, V]`: logits at `batch.positions` only. The output head is a large share of a small model's work, and its
+    logits of a long batch's memory."""
+    options = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    arguments = {key: value for key, value in options.items() if value is not None}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(batch.input_ids, use_cache=False, logits_to_keep=batch.positions, **arguments).logits
+    else:
+        logits = model(batch.input_ids, use_cache=False, **arguments).logits[:, batch.positions]
+    return cast(Tensor, logits)
+
+
+def forget_gguf(model: Any) -> None:
+    """transformers keeps thinking a model read from GGUF is quantised, and then refuses to save it."""
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
+    options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.gguf_file is not None:
+        options["gguf_file"] = config.gguf_file
+    folder = Path(config.name).expanduser()
+    looks_local = folder.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise UserError(f"model.name is {config.name}, but there is no such folder.")
+    try:
+        return kind.from_pretrained(str(folder) if folder.is_dir() else config.name, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise UserError(f"The model {config.name} could not be loaded{offline}: {reason}.") from error

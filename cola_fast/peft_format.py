@@ -1,0 +1,87 @@
+"""PEFT's file format for a LoRA adapter: what a sealed link is on disk, and what a whole chain exports to.
+
+    adapter_config.json          peft_type LORA, r, lora_alpha, rank_pattern, alpha_pattern, target_modules
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight [R, K], .lora_B.weight [N, R]
+
+PEFT computes scale = alpha / r per module, where `rank_pattern` and `alpha_pattern` override `r` and `lora_alpha`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import safetensors.torch
+from torch import Tensor
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+class Factors(NamedTuple):
+    """One module's low-rank update `(alpha / R) · b @ a`: a [R, K], b [N, R]."""
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def encode(
+    factors: Mapping[str, Factors], *, targets: Sequence[str], base_name: str, base_revision: str | None, dropout: float
+) -> dict[str, bytes]:
+    """File name -> content. The bytes depend on the arguments only, so their hash identifies the link."""
+    ranks = {name: f.rank for name, f in factors.items()}
+    alphas = {name: f.alpha for name, f in factors.items()}
+    common_rank = Counter(ranks.values()).most_common(1)[0][0]
+    common_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": base_revision,
+        "r": common_rank,
+        "lora_alpha": common_alpha,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != common_rank},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != common_alpha},
+        "target_modules": sorted(targets),
+        "lora_dropout": dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, f in factors.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = f.a.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = f.b.contiguous()
+    return {
+        CONFIG_FILE: (json.dumps(config, indent=1, sort_keys=True) + "\n").encode(),
+        TENSOR_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+    }
+
+
+def decode(files: Mapping[str, bytes]) -> dict[str, Factors]:
+    """The factors of an adapter written by `encode`."""
+    config = json.loads(files[CONFIG_FILE])
+    tensors = safetensors.torch.load(files[TENSOR_FILE])
+    factors = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+            alpha = float(config["alpha_pattern"].get(name, config["lora_alpha"]))
+            factors[name] = Factors(a, tensors[f"{_PREFIX}{name}.lora_B.weight"], alpha)
+    return dict(sorted(factors.items()))

@@ -1,0 +1,183 @@
+"""What the command line tells about a run: its plan before, its scores and contents after."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .errors import UserError
+
+
+def dry_run(config: Config) -> str:
+    """Trainable parameters, a memory estimate and the schedule; reads the data but no weights, writes nothing."""
+    from .chain import attach
+    from .data import load_data
+    from .memory import estimate
+    from .models import context_length, load_empty_model, load_tokenizer, resolve_device, resolve_dtype
+    from .trainer import prepare
+
+    model = load_empty_model(config.model)
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+    schedule, feed = prepare(config, data)
+    c, t = config.chain, config.train
+    chain = attach(
+        model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rank_pattern=c.rank_pattern,
+        first_rank=max(span.rank for span in schedule.spans),
+    )  # fmt: skip
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, device)
+    length = data.max_length if t.packing else max(map(len, data.train))
+    labelled = max(sum(label >= 0 for label in example.labels) for example in data.train)
+    need = estimate(
+        chain, model, dtype=dtype, batch=t.batch_size, length=length, logits=length if t.packing else labelled
+    )
+    percent = f"{need.trained / need.total:.2%}"
+    lines = [
+        f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {dtype} on {device}",
+        f"link       {len(chain.layers)} layers, {need.trained:,} trainable parameters ({percent})",
+        *(f"data       {note}" for note in data.notes),
+        f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(feed)} batches an epoch, "
+        f"lr {config.schedule.lr:g} {config.schedule.lr_shape}, {config.schedule.lr_span}",
+    ]
+    step = 0
+    for span in schedule.spans:
+        lines.append(f"  link {span.index}   steps {step + 1} to {step + span.steps}, rank {span.rank}")
+        step += span.steps
+    lines.append(f"memory     weights {_size(need.weights)}, link with optimizer {_size(need.link)}")
+    if need.activations is None:
+        lines.append("           activations: this model cannot be traced without weights, so they are not estimated")
+    elif t.activation_checkpointing:
+        lines.append(
+            "           activations: far below the " + _size(need.activations) + " of a run without checkpointing"
+        )
+    else:
+        shape = f"{t.batch_size} x {length} tokens"
+        lines.append(f"           activations {_size(need.activations)} ({shape}, the longest batch)")
+        lines.append(f"           together about {_size(need.peak or 0)}, temporary buffers and the framework aside")
+    return "\n".join(lines)
+
+
+def score_run(folder: str | Path, *, best: bool = False) -> list[dict[str, Any]]:
+    """Scores of the base, after each link, with the open link if there is one, and of the merged export reloaded."""
+    from .best import load_best
+    from .chain import load_chain, read_record
+    from .data import load_data
+    from .evaluate import evaluate
+    from .models import context_length, load_model, load_tokenizer
+    from .run import load_config
+
+    run = Path(folder)
+    record, config = read_record(run), load_config(run)
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+    if not data.test:
+        raise UserError(f"{run} has no test or validation rows: set data.test or data.eval, or data.eval_share.")
+    rows: list[dict[str, Any]] = []
+
+    def score(name: str, scored: Any, **more: Any) -> None:
+        result = evaluate(scored, data.test, batch_size=config.train.eval_batch_size)
+        rows.append(
+            {"model": name, "loss": result.loss, "accuracy": result.accuracy, "examples": result.examples, **more}
+        )
+
+    score("base", model)
+    chain = load_chain(model, run, links=0)
+    for entry in record["links"]:
+        chain.replay(1)
+        ranks = sorted(set(entry["ranks"].values()))
+        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        score(f"after link {entry['index']}", model, rank=rank, retained=entry["fold"].get("retained"))
+    chain.detach()
+    del chain, model
+    with tempfile.TemporaryDirectory() as temporary:
+        chain = load_chain(load_model(config.model), run)
+        if chain.open_link is not None:
+            score(f"with open link {chain.open_link.index}", chain.model)
+        target = chain.export_merged(Path(temporary) / "merged")
+        del chain
+        gc.collect()
+        score("merged export", load_model(replace(config.model, name=str(target), gguf_file=None, revision=None)))
+    if best:
+        score("best checkpoint", load_best(load_model(config.model), run).model)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Aligned text; columns that no row fills are left out."""
+    columns = {
+        "model": ("model", str),
+        "rank": ("rank", str),
+        "loss": ("loss", "{:.4f}".format),
+        "accuracy": ("accuracy", "{:.3f}".format),
+        "retained": ("kept by the fold", "{:.3f}".format),
+        "examples": ("examples", str),
+    }
+    used = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    cells = [[columns[key][0] for key in used]]
+    cells += [["" if row.get(key) is None else columns[key][1](row[key]) for key in used] for row in rows]  # type: ignore[operator]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(used))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def export_run(folder: str | Path, to: str, *, out: str | None = None, best: bool = False) -> str:
+    """Rebuild the chain on its base and export it. Returns a sentence saying what is where."""
+    from .best import load_best
+    from .chain import load_chain, read_record
+    from .models import load_model, load_tokenizer
+    from .run import load_config
+
+    run = Path(folder)
+    read_record(run)
+    config = load_config(run)
+    target = Path(out) if out else run / "export" / to
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise UserError(f"{target} already exists: choose another folder with --out, or remove it.")
+    model = load_model(config.model)
+    chain = load_best(model, run) if best else load_chain(model, run)
+    links = len(chain.links) + (chain.open_link is not None)
+    if to == "adapter":
+        chain.export_adapter(target)
+        return f"{links} links as one PEFT adapter: {target}"
+    chain.export_merged(target, load_tokenizer(config.model))
+    return f"{links} links merged into {config.model.name}: {target}"
+
+
+def describe(folder: str | Path) -> str:
+    """The chain, link by link, and where training stands. Reads chain.json and the state, no weights."""
+    from .chain import load_state, read_record
+
+    run = Path(folder)
+    record, state = read_record(run), load_state(run)
+    base = record["base"]
+    lines = [
+        f"base     {base['name']}"
+        + (f" at {base['revision']}" if base["revision"] else "")
+        + f", {record['base_kind']}",
+        f"modules  {len(record['modules'])}, alpha {record['alpha']:g}, dropout {record['dropout']:g}",
+    ]
+    for entry in record["links"]:
+        fold = entry["fold"]
+        kept = f", kept {fold['retained']:.4f} in the fold" if fold else ""
+        digest = entry["sha256"]["adapter_model.safetensors"][:12]
+        ranks = sorted(set(entry["ranks"].values()))
+        lines.append(f"link {entry['index']}   sealed, rank {'-'.join(map(str, ranks))}, sha256 {digest}{kept}")
+    position = (state or {}).get("extra", {}).get("position")
+    if state is not None and state["open"] == len(record["links"]):
+        lines.append(f"link {state['open']}   open" + (f", at step {position['step']}" if position else ""))
+    if position:
+        lines.append(f"steps    {position['step']}, {position['tokens']:,} tokens, {position['seconds']:.0f} s")
+    size = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
+    return "\n".join([*lines, f"on disk  {_size(size)}"])
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

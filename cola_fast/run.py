@@ -1,0 +1,85 @@
+"""A run folder: who may write in it, and which configuration it belongs to.
+
+config.yaml  chain.json  links/  state/  best/  metrics.jsonl  curves.png
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from . import config as configuration
+from . import store
+from .chain import CHAIN_FILE
+from .config import Config
+from .errors import UserError
+
+CONFIG_FILE = "config.yaml"
+# Keys that may differ when a run is resumed: they do not change the links.
+FREE_KEYS = {"out", "train.save_every", "train.log_every", "train.loggers", "train.eval_batch_size", "data.test"}
+
+
+class Run:
+    """`with Run(config) as run`: nothing is written before `claim`, and the folder is let go at the end."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.path = config, Path(config.out)
+        self._held = contextlib.ExitStack()
+        self._claimed = False
+
+    def __enter__(self) -> Run:
+        if self.path.is_file():
+            raise UserError(f"out is {self.path}, but that is a file: name a folder.")
+        if self.path.exists() and any(self.path.iterdir()):
+            self.claim()  # an existing run: refuse at once, not after loading a model
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._held.close()
+
+    @property
+    def started(self) -> bool:
+        return (self.path / CHAIN_FILE).exists()
+
+    def claim(self) -> None:
+        """Lock the folder for this process, and make sure it is this configuration's."""
+        if self._claimed:
+            return
+        others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.exists() else []
+        if others and not (self.path / CONFIG_FILE).exists():
+            raise UserError(f"out is {self.path}, which holds other files ({others[0]}, ...): choose a new folder.")
+        if others:
+            self._require_same_config()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(store.lock(self.path))
+        store.sweep(self.path)
+        if not others:
+            store.write_file(self.path / CONFIG_FILE, configuration.to_yaml(self.config).encode())
+        self._claimed = True
+
+    def _require_same_config(self) -> None:
+        old, new = flatten(configuration.to_dict(load_config(self.path))), flatten(configuration.to_dict(self.config))
+        changed = [key for key in new if key not in FREE_KEYS and new[key] != old.get(key)]
+        if changed:
+            what = "; ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed[:4])
+            raise UserError(
+                f"{self.path} belongs to a run with another configuration ({what}): choose another `out`, or give the "
+                "configuration it was started with to resume it."
+            )
+
+
+def load_config(run: Path) -> Config:
+    """The resolved configuration a run was started with."""
+    if not (run / CONFIG_FILE).exists():
+        raise UserError(f"{run} is not a run folder: it has no {CONFIG_FILE}.")
+    return configuration.load(run / CONFIG_FILE)
+
+
+def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{path}.{key}" if path else key
+        flat |= flatten(value, name) if isinstance(value, dict) else {name: value}
+    return flat

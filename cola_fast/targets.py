@@ -1,0 +1,105 @@
+"""Which modules a chain covers, and the rank each of them gets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from .errors import UserError, near
+
+
+def select_modules(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
+    """Full name -> module, in the model's order.
+
+    targets: module names (a suffix such as `q_proj` is enough), `"all-linear"` (every `nn.Linear` but the output head),
+    or one regular expression that must match the full name.
+
+    Raises UserError for a target that matches nothing, a module that is no `nn.Linear`, and a weight that other modules
+    share, since folding into it would change them too.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    if targets == "all-linear":
+        heads = _heads(model)
+        chosen = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not any(m is head for head in heads)]
+        if not chosen:
+            raise UserError("targets is all-linear, but the model has no torch.nn.Linear besides its output head.")
+    else:
+        patterns = [targets] if isinstance(targets, str) else list(targets)
+        found = {name for pattern in patterns for name in _matching(pattern, modules)}
+        chosen = [name for name in modules if name in found]
+    selected = {}
+    for name in chosen:
+        module = modules[name]
+        if not isinstance(module, nn.Linear):
+            raise UserError(
+                f"{name} is a {type(module).__name__}, but a link can only be attached to torch.nn.Linear."
+                + near(name, [n for n, m in modules.items() if isinstance(m, nn.Linear)])
+            )
+        selected[name] = module
+    _refuse_shared_weights(model, selected)
+    return selected
+
+
+def assign_ranks(shapes: Mapping[str, tuple[int, int]], r: int, pattern: Mapping[str, int] | None) -> dict[str, int]:
+    """Rank of each module: the first entry of `pattern` that matches its name, else `r`.
+
+    shapes: name -> (N, K). Raises UserError for a rank outside [1, min(N, K)] and for an entry that matches nothing.
+    """
+    pattern = pattern or {}
+    matches = {key: set(_matching(key, shapes, what="rank_pattern key")) for key in pattern}
+    ranks = {}
+    for name, (n, k) in shapes.items():
+        rank = next((pattern[key] for key in pattern if name in matches[key]), r)
+        if not 1 <= rank <= min(n, k):
+            raise UserError(f"The rank of {name} is {rank}, but its weight is {n} x {k}: choose 1 to {min(n, k)}.")
+        ranks[name] = rank
+    return ranks
+
+
+def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The last parts of the names (`q_proj`) if they select exactly these modules of the model, else the full names."""
+    wanted = set(names)
+    suffixes = {name.rsplit(".", 1)[-1] for name in wanted}
+    exact = {name for name, _ in model.named_modules() if name and name.rsplit(".", 1)[-1] in suffixes} == wanted
+    return sorted(suffixes) if exact else sorted(wanted)
+
+
+def _matching(pattern: str, names: Iterable[str], what: str = "target") -> list[str]:
+    names = list(names)
+    found = [name for name in names if name == pattern or name.endswith("." + pattern)]
+    if not found:
+        try:
+            found = [name for name in names if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise UserError(
+                f"The {what} {pattern!r} is neither a module name nor a regular expression ({error})."
+            ) from None
+    if not found:
+        leaves = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit())
+        hint = near(pattern, names if "." in pattern else leaves) or f" The model has: {', '.join(list(leaves)[:12])}."
+        raise UserError(f"The {what} {pattern!r} matches no module.{hint}")
+    return found
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """Output layers: what transformers calls the output embeddings, and classification heads outside the backbone."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    named = [getattr(model, name, None) for name in ("score", "classifier", "qa_outputs")]
+    return [module for module in (head, *named) if isinstance(module, nn.Module)]
+
+
+def _refuse_shared_weights(model: nn.Module, selected: Mapping[str, nn.Linear]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() == 2:
+                owners.setdefault(id(parameter), []).append(name)
+    for name, module in selected.items():
+        sharing = [other for other in owners[id(module.weight)] if other != name]
+        if sharing:
+            raise UserError(
+                f"{name} shares its weight with {', '.join(sharing)}, so folding a link would change both: "
+                "choose other targets, or untie the weights first."
+            )

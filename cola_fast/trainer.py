@@ -1,0 +1,363 @@
+"""The lean trainer: one loop over links and steps. It fills its slots from the configuration and knows no method.
+
+    for each link:  open it, make its optimizer
+        for each step:  accumulate, clip, step; log, evaluate, save as configured
+        knot:  save, tie (seal, record, fold), open the next link, save
+
+Everything that decides the next step (factors, optimizer, data order, random state, counters) is in the state that
+`Chain.save` writes beside the chain, so a run killed at any moment continues to the same links, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import metrics, plot
+from .batches import Feed, batch_loss, check_packing, check_padding, wants_flat
+from .best import save_best
+from .chain import Chain, attach, load_chain, load_state
+from .config import Config, TrainConfig
+from .data import Data, load_data
+from .errors import UserError
+from .evaluate import Score, evaluate
+from .models import context_length, load_model, load_tokenizer, needed_logits
+from .run import Run
+from .schedule import Schedule, plan
+
+
+@dataclass
+class Position:
+    """Where a run is. Saved with every state."""
+
+    step: int = 0  # optimizer steps done
+    link: int = 0  # the link being trained
+    link_start: int = 0  # step at which it was opened
+    knot_due: bool = False  # it is fully trained, and to be tied next
+    stopping: bool = False  # by early_stop: that knot is the last one
+    best_loss: float = math.inf  # on the validation set, over the run
+    stale: int = 0  # evaluations since then
+    link_best_loss: float = math.inf
+    link_stale: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    run: Path
+    steps: int
+    links: int
+    score: Score | None  # the last evaluation
+    best_loss: float | None
+    seconds: float
+
+
+class Interrupted(Exception):
+    """Stopped by a signal, after saving everything needed to resume."""
+
+
+def train(config: Config, *, quiet: bool = False) -> Result:
+    """Train a chain as configured, or resume the one in `config.out`.
+
+    Raises UserError for bad input (nothing on disk has changed then), for a loss that is not finite and for a full disk
+    (the last good state is kept), and Interrupted after Ctrl-C or SIGTERM.
+    """
+    with Run(config) as run:
+        model = load_model(config.model)
+        tokenizer = load_tokenizer(config.model)
+        data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+        schedule, feed = prepare(config, data, flat=wants_flat(model))
+        (check_packing if config.train.packing else check_padding)(model)
+        resuming = run.started
+        if resuming:
+            chain = load_chain(model, run.path)
+        else:
+            c = config.chain
+            chain = attach(
+                model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
+                seed=config.train.seed, rank_pattern=c.rank_pattern, first_rank=schedule.spans[0].rank,
+            )  # fmt: skip
+        for span in schedule.spans:
+            chain.ranks(span.rank)
+        run.claim()
+        state = load_state(run.path) if resuming else None
+        if not quiet:
+            for note in data.notes:
+                print(f"data: {note}", file=sys.stderr)
+        loop = _Loop(config, run.path, model, chain, data, schedule, feed, state, quiet)
+        return loop.run()
+
+
+def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule, Feed]:
+    """The data's order and the schedule that follows from its length."""
+    t = config.train
+    metrics.require(t.loggers)
+    if not data.train:
+        raise UserError("The training set is empty once the examples that do not fit have been dropped.")
+    if (config.schedule.plateau or t.early_stop) and not data.eval:
+        key = "schedule.plateau" if config.schedule.plateau else "train.early_stop"
+        raise UserError(f"{key} needs a validation set: set data.eval or data.eval_share.")
+    feed = Feed(data.train, t, max_length=data.max_length, flat=flat)
+    steps_per_epoch = math.ceil(len(feed) / t.accumulation)
+    return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), feed
+
+
+class _Loop:
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        model: nn.Module,
+        chain: Chain,
+        data: Data,
+        schedule: Schedule,
+        feed: Feed,
+        state: dict[str, Any] | None,
+        quiet: bool,
+    ) -> None:
+        self.config, self.path, self.model, self.chain = config, run, model, chain
+        self.data, self.schedule, self.feed, self.quiet = data, schedule, feed, quiet
+        self.device = next(model.parameters()).device
+        self.at = Position()
+        self.resumed = state is not None
+        self.score: Score | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer_state: dict[str, Any] | None = None  # to be loaded into the next optimizer
+        self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at: reading one waits for the GPU
+        self.unlogged: list[float] = []  # losses of the steps since the last row of metrics
+        torch.manual_seed(config.train.seed)
+        if state is not None and state["extra"]:
+            self._restore(state["extra"])
+        if config.train.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        self.started = time.perf_counter() - self.at.seconds
+        self.logged_tokens, self.logged_at = self.at.tokens, time.perf_counter()
+        self.loggers: list[metrics.Logger] = [metrics.JsonLines(self.path, resume_step=self.at.step, link=self.at.link)]
+        self.loggers += [metrics.LOGGERS[name](self.path) for name in self.config.train.loggers]
+        self.bar = tqdm(
+            total=self.schedule.total, initial=self.at.step, unit="step", disable=True if self.quiet else None
+        )
+        with _signals() as self.signals:
+            try:
+                if not self.resumed:
+                    self._evaluate()
+                while self.at.link < len(self.schedule.spans) and not (self.at.stopping and not self.at.knot_due):
+                    if not self.at.knot_due:
+                        self._open_link()
+                    while not self.at.knot_due:
+                        self._step()
+                    self._knot()
+            finally:
+                self.bar.close()
+                for logger in self.loggers:
+                    logger.close()
+        plot.draw(self.path)
+        best = None if math.isinf(self.at.best_loss) else self.at.best_loss
+        return Result(self.path, self.at.step, len(self.chain.links), self.score, best, self.at.seconds)
+
+    def _open_link(self) -> None:
+        """Make sure the link is open and has its optimizer; save, so that a run always has a state to resume from."""
+        fresh = self.chain.open_link is None
+        if fresh:
+            self.chain.extend(self.schedule.spans[self.at.link].rank)
+        self.optimizer = make_optimizer(self.chain.parameters(), self.config.train)
+        if self.optimizer_state is not None:
+            _load_optimizer(self.optimizer, self.optimizer_state)
+            self.optimizer_state = None
+        if fresh or self.chain.folder is None:
+            self._save()
+
+    def _step(self) -> None:
+        assert self.optimizer is not None
+        at, t = self.at, self.config.train
+        batches = [next(self.feed) for _ in range(t.accumulation)]
+        labelled = sum(batch.labelled for batch in batches)  # the mean is over the step's tokens, not over its batches
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            batch = batch.to(self.device)
+            part = batch_loss(needed_logits(self.model, batch), batch)[0] / labelled
+            part.backward()
+            loss += part.detach()
+        parameters = self.chain.parameters()
+        if t.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, t.clip)
+        lr = self.schedule.lr(at.step, at.link, at.link_start)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        at.step += 1
+        at.tokens += sum(batch.tokens for batch in batches)
+        self.pending.append((at.step, loss))
+        self.bar.update()
+        if at.step - at.link_start >= self.schedule.spans[at.link].steps:
+            at.knot_due = True
+        if at.step % t.log_every == 0 or at.step == 1 or at.knot_due:
+            self._log_training(lr)
+        elif self.device.type == "cpu":
+            self._check_losses()
+        if at.knot_due or (t.eval_every and at.step % t.eval_every == 0):
+            self._evaluate()
+        if at.knot_due:
+            return
+        if self.signals:
+            self._save()
+            raise Interrupted(f"Stopped after step {at.step}; the same command resumes from there.")
+        if at.step % t.save_every == 0:
+            self._save()
+
+    def _knot(self) -> None:
+        at = self.at
+        if len(self.chain.links) == at.link:  # else: killed after sealing, and the link has been folded on loading
+            self._save()
+            self.chain.tie()
+        link = self.chain.links[at.link]
+        self._log({"event": "knot", "step": at.step, "link": at.link, "sha256": link.sha256, **link.fold})
+        if self.config.schedule.optimizer_state == "keep":
+            self.optimizer_state = self.optimizer.state_dict() if self.optimizer else self.optimizer_state
+        else:
+            self.optimizer_state = None
+        self.optimizer = None
+        at.link, at.link_start, at.knot_due = at.link + 1, at.step, False
+        at.link_best_loss, at.link_stale = math.inf, 0
+        if at.link == len(self.schedule.spans) or at.stopping:
+            self._save()
+        self._say(f"link {at.link} of {len(self.schedule.spans)} tied at step {at.step}")
+        plot.draw(self.path)
+
+    # --- looking and keeping ------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        if not self.data.eval:
+            return
+        self._check_losses()
+        at, began = self.at, time.perf_counter()
+        self.score = evaluate(self.model, self.data.eval, batch_size=self.config.train.eval_batch_size)
+        self.logged_at += time.perf_counter() - began  # tokens per second are those of training
+        self._log({"event": "eval", "step": at.step, "link": at.link, **asdict(self.score)})
+        self._say(f"step {at.step}: validation {self.score}")
+        if at.step == 0:
+            return
+        at.stale, at.link_stale = at.stale + 1, at.link_stale + 1
+        if self.score.loss < at.link_best_loss:
+            at.link_best_loss, at.link_stale = self.score.loss, 0
+        if self.score.loss < at.best_loss:
+            at.best_loss, at.stale = self.score.loss, 0
+            save_best(self.chain, self.path, step=at.step, loss=at.best_loss)
+        if self.config.train.early_stop and at.stale >= self.config.train.early_stop:
+            at.knot_due = at.stopping = True
+        if self.config.schedule.plateau and at.link_stale >= self.config.schedule.plateau:
+            at.knot_due = True
+
+    def _save(self) -> None:
+        self._check_losses()
+        self.at.seconds = time.perf_counter() - self.started
+        rng = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        extra = {
+            "position": asdict(self.at),
+            "feed": self.feed.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "rng": rng,
+        }
+        self.chain.save(self.path, extra)
+
+    def _restore(self, extra: dict[str, Any]) -> None:
+        self.at = Position(**extra["position"])
+        self.feed.load_state_dict(extra["feed"])
+        self.optimizer_state = extra["optimizer"]
+        torch.set_rng_state(extra["rng"]["cpu"])
+        if torch.cuda.is_available() and extra["rng"]["cuda"]:
+            torch.cuda.set_rng_state_all(extra["rng"]["cuda"])
+
+    def _check_losses(self) -> None:
+        """Look at the losses of the last steps. One that is not finite ends the run before anything is saved."""
+        if not self.pending:
+            return
+        losses = torch.stack([loss for _, loss in self.pending]).tolist()
+        for (step, _), loss in zip(self.pending, losses, strict=True):
+            if not math.isfinite(loss):
+                kept = (
+                    "nothing had been saved" if self.chain.folder is None else f"{self.path} keeps its last good state"
+                )
+                raise UserError(
+                    f"The loss became {loss} at step {step}: training stopped, {kept}. Lower schedule.lr, add "
+                    "schedule.warmup, or look for a bad row in the data."
+                )
+        self.pending = []
+        self.unlogged += losses
+
+    def _log_training(self, lr: float) -> None:
+        self._check_losses()
+        loss, self.unlogged = sum(self.unlogged) / len(self.unlogged), []
+        now = time.perf_counter()
+        rate = (self.at.tokens - self.logged_tokens) / max(now - self.logged_at, 1e-9)
+        self.logged_tokens, self.logged_at = self.at.tokens, now
+        row = {"event": "train", "step": self.at.step, "link": self.at.link, "loss": loss, "lr": lr}
+        self._log({**row, "tokens_per_second": round(rate, 1), "seconds": round(now - self.started, 2)})
+        self.bar.set_description(f"link {self.at.link + 1} of {len(self.schedule.spans)}")
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+
+    def _log(self, row: dict[str, Any]) -> None:
+        for logger in self.loggers:
+            logger.log(row)
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            tqdm.write(line, file=sys.stderr)
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, fused where PyTorch has it (CUDA and CPU do)."""
+    fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters)
+    return torch.optim.AdamW(
+        parameters, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+    )
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Moments of factors whose shape has changed (a link of another rank) start afresh."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    kept = {i: s for i, s in state["state"].items() if s["exp_avg"].shape == shapes[i]}
+    optimizer.load_state_dict({**state, "state": kept})
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying; a second SIGINT does what it always did."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever owns it handles signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,167 @@
+"""`python -m benchmarks`: the registry, the gate from the outside, and the README's tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import harness, step_time
+from benchmarks.__main__ import main
+from benchmarks.registry import SUITES
+from benchmarks.report import fill
+from cola_kernels import lora_linear
+
+README = """# Title
+<!-- benchmark:step_time-layer -->
+old
+<!-- end -->
+between
+<!-- benchmark:step_time-step -->
+<!-- end -->
+"""
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_registered_suite_has_a_file_and_both_functions(name: str) -> None:
+    suite = SUITES[name].load()
+    assert SUITES[name].question.endswith("?")
+    assert callable(suite.run)
+    assert callable(suite.tables)
+
+
+def test_list_loads_nothing_heavy() -> None:
+    code = "import sys, benchmarks.__main__ as m; m.main(['list']); assert not {'torch', 'peft'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(SUITES)
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def _wrong_output(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, *rest: Any, **options: Any) -> Tensor:
+    return lora_linear(x, weight, a, b, 1.02 * scale, *rest, **options)
+
+
+def _wrong_gradient(x: Tensor, weight: Tensor, a: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return lora_linear(x, weight, a.detach() + 0.98 * (a - a.detach()), *rest, **options)
+
+
+def _one_nan(*arguments: Any, **options: Any) -> Tensor:
+    y = lora_linear(*arguments, **options)
+    mask = torch.zeros_like(y, dtype=torch.bool)
+    mask.view(-1)[-1] = True
+    return y.masked_fill(mask, torch.nan)
+
+
+@pytest.mark.parametrize("op", [_wrong_output, _wrong_gradient, _one_nan])
+def test_a_wrong_op_gets_no_numbers(
+    op: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cola_fast.layer.lora_linear", op)
+    assert main(["run", "step_time", "--quick", "--out", str(tmp_path / "out.json")]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "No numbers" in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dropout", step_time.DROPOUTS)
+@pytest.mark.parametrize("dtype", step_time.DTYPES)
+def test_every_side_of_the_layer_passes_the_gate(dtype: str, dropout: float) -> None:
+    case = step_time.Case.draw((48, 40), 2 * step_time.ROW, step_time.DTYPES[dtype])
+    sides = step_time._sides(case, dropout)
+    assert len(sides) == (3 if dtype == "bf16" else 2)
+    for name, side in sides.items():
+        assert max(step_time.check(name, side, case).values()) <= 1
+
+
+def test_the_gate_sees_another_dropout_mask() -> None:
+    case = step_time.Case.draw((48, 40), 2 * step_time.ROW, torch.float32)
+    side = step_time.ours(case, 0.05)
+    with pytest.raises(harness.ParityError):
+        step_time.check("ours", replace(side, noise=torch.ones_like), case)
+
+
+# --- the README -------------------------------------------------------------------------------------------------------
+
+
+def _result(quick: bool = False) -> dict[str, Any]:
+    layer = [
+        {"dtype": dtype, "dropout": 0.0, "tokens": 512, "shape": shape}
+        | harness.summarise(
+            {"frozen": [1e-3, 1e-3], "ours": [2e-3, 2e-3], "peft": [4e-3, 4e-3]}
+            | ({"peft_bf16": [3e-3, 3e-3]} if dtype == "bf16" else {}),
+            "ours",
+        )
+        for dtype in step_time.DTYPES
+        for shape in step_time.SHAPES
+    ]
+    losses = {"ours": [2.0, 1.0], "theirs": [2.0, 1.0], "difference": 1e-6, "allowed": 1e-4}
+    step = {"dtype": "bfloat16", "attention": "sdpa", "tokens_per_step": 400.0, "timed_steps": 5}
+    step |= {"parity": {"fp32": losses, "bf16": losses}}
+    step |= harness.summarise({"ours": [1.0, 1.0], "ours_all_logits": [1.25, 1.25], "peft": [2.0, 2.0]}, "ours")
+    environment = harness.environment()
+    return {"suite": "step_time", "quick": quick, "environment": environment, "layer": layer, "step": step}
+
+
+def test_report_writes_the_readme_from_the_results_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    result = _result()
+    harness.write_result(harness.result_path("step_time", result["environment"]), result)
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    assert main(["report", "--readme", str(readme)]) == 0
+    once = readme.read_text()
+    assert "old" not in once
+    assert "| transformers Trainer + PEFT | 2.000 (2.000 to 2.000) | 200 | **0.50 (0.50 to 0.50)** |" in once
+    assert "7.00 | 14.00 | 28.00 | 2.00 (2.00 to 2.00) | **0.50 (0.50 to 0.50)** | 0.50" in once  # seven linears
+    assert "not for publication" not in once
+    assert main(["report", "--readme", str(readme)]) == 0
+    assert readme.read_text() == once
+    assert "<!-- benchmark:step_time-shapes -->" in capsys.readouterr().out
+
+
+def test_a_second_device_adds_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    for device in ("One", "Two"):
+        result = _result()
+        result["environment"]["device"] = device
+        harness.write_result(harness.result_path("step_time", result["environment"]), result)
+    (tmp_path / "README.md").write_text(README)
+    assert main(["report", "--readme", str(tmp_path / "README.md")]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("One, ") == text.count("Two, ") == 2
+
+
+def test_a_table_without_a_result_leaves_the_readme_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "none")
+    (tmp_path / "README.md").write_text(README)
+    assert main(["report", "--readme", str(tmp_path / "README.md")]) == 1
+    assert (tmp_path / "README.md").read_text() == README
+    assert "step_time-layer" in capsys.readouterr().err
+
+
+def test_fill_touches_only_what_is_between_the_markers() -> None:
+    blocks = {"step_time-layer": "| a |", "step_time-step": "| b |\n\nnote"}
+    filled = fill(README, blocks)
+    assert filled == (
+        "# Title\n<!-- benchmark:step_time-layer -->\n| a |\n<!-- end -->\nbetween\n"
+        "<!-- benchmark:step_time-step -->\n| b |\n\nnote\n<!-- end -->\n"
+    )
+    assert fill(filled, blocks) == filled
+
+
+def test_a_quick_run_says_so() -> None:
+    assert "not for publication" in step_time.tables(_result(quick=True))["step_time-step"]

@@ -1,0 +1,142 @@
+"""The command line, as typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cola_fast import cli
+
+from ..conftest import snapshot
+
+
+def cola(*words: str, check: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cola_fast.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == check, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_help_answers_at_once() -> None:
+    cola("--help")
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = cola("--help")
+        took.append(time.perf_counter() - began)
+    assert min(took) < 1
+    for word in ("demo", "train", "eval", "export", "info", "Ctrl-C"):
+        assert word in done.stdout
+
+
+def test_train_help_lists_every_key() -> None:
+    help_text = cola("train", "--help").stdout
+    for key in ("optimizer_state: reset", "verbalisers", "too_long: truncate", "lr_span: global"):
+        assert key in help_text
+
+
+@pytest.mark.slow
+def test_the_whole_way(config_file: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """dry run, train, info, eval, both exports, and again."""
+    path, run = config_file(), tmp_path / "run"
+
+    plan = cola("train", path, "--dry-run", "schedule.links=2").stdout
+    assert "link       4 layers, 448 trainable parameters" in plan
+    assert "link 1   steps 7 to 12, rank 2" in plan
+    assert "MiB" in plan
+    assert "activations" in plan
+    assert not run.exists()
+
+    done = cola("train", path)
+    assert "3 links in 12 steps" in done.stdout
+    assert "step 12: validation loss" in done.stderr
+    assert "link 3 of 3 tied" in done.stderr
+
+    facts = cola("info", str(run)).stdout
+    assert facts.count("sealed, rank 2, sha256") == 3
+    assert "steps    12" in facts
+
+    rows = json.loads(cola("eval", str(run), "--best", "--json").stdout)
+    assert [row["model"] for row in rows] == [
+        "base", "after link 0", "after link 1", "after link 2", "merged export", "best checkpoint",
+    ]  # fmt: skip
+    assert rows[3]["loss"] == pytest.approx(rows[4]["loss"], rel=1e-5)
+    assert rows[3]["loss"] < rows[0]["loss"]
+
+    for to, file in (("adapter", "adapter_model.safetensors"), ("merged", "model.safetensors")):
+        cola("export", str(run), "--to", to)
+        assert (run / "export" / to / file).exists()
+    assert (run / "export" / "merged" / "tokenizer.json").exists()
+    before = snapshot(run)
+    assert "already exists" in cola("export", str(run), "--to", "adapter", check=2).stderr
+    cola("export", str(run), "--to", "adapter", "--best", "--out", str(tmp_path / "best"))
+    again = cola("train", path)
+    assert "3 links in 12 steps" in again.stdout
+    assert snapshot(run / "links") == {k.removeprefix("links/"): v for k, v in before.items() if k.startswith("links/")}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["train", "nothing.yaml"], "There is no configuration file nothing.yaml"),
+        (["eval", "nowhere"], "nowhere holds no chain"),
+        (["info", "nowhere"], "nowhere holds no chain"),
+        (["export", "nowhere", "--to", "merged"], "nowhere holds no chain"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_code_2(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cola: {sentence}")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words", [["train"], ["export", "x"], ["export", "x", "--to", "gguf"], ["fly"], ["info", "a", "b=c"]]
+)
+def test_wrong_usage_is_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert "usage: cola" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_anywhere(config_file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--dry-run", config_file(), "lrr=3"]) == 2
+    assert "Did you mean schedule.lr" in capsys.readouterr().err
+
+
+def test_a_damaged_link_is_named(
+    config_file: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_file(schedule__links=1, schedule__steps=2)
+    assert cli.main(["train", path]) == 0
+    file = tmp_path / "run" / "links" / "000" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    capsys.readouterr()
+    for words in (
+        ["eval", str(tmp_path / "run")],
+        ["export", str(tmp_path / "run"), "--to", "adapter"],
+        ["train", path],
+    ):
+        assert cli.main(words) == 2
+        assert "links/000/adapter_model.safetensors is not the file this chain sealed" in capsys.readouterr().err
+
+
+def test_tensorboard_when_asked(config_file: Callable[..., str], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert cli.main(["train", config_file(train__loggers=["tensorboard"], schedule__links=1, schedule__steps=2)]) == 0
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))

@@ -1,0 +1,119 @@
+"""Invariant 3: killed anywhere and resumed, a run ends with the links of a run that was never killed, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..conftest import snapshot
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Callable[..., dict[str, Any]]]:
+    command = [sys.executable, "-m", "tests.cola.crash_worker"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(config: str, **keys: Any) -> dict[str, Any]:
+            print(json.dumps({"config": config, **keys}), file=process.stdin, flush=True)
+            answer: dict[str, Any] = json.loads(process.stdout.readline())
+            return answer
+
+        yield run
+        process.stdin.close()
+
+
+def sealed(run: Path) -> list[str]:
+    record = json.loads((run / "chain.json").read_text())
+    return [link["sha256"]["adapter_model.safetensors"] for link in record["links"]]
+
+
+def finish(worker: Callable[..., dict[str, Any]], config: str) -> None:
+    answer = worker(config)
+    assert (answer["killed"], answer["code"]) == (False, 0)
+
+
+def test_killed_at_every_sub_step(
+    worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path
+) -> None:
+    """Two links; every operation of their knots and of the saves around them."""
+    short = {
+        "data__eval": None,
+        "data__eval_share": 0,
+        "schedule__links": 2,
+        "schedule__steps": 4,
+        "train__batch_size": 4,
+    }
+    whole = worker(config_file(out=str(tmp_path / "whole"), **short))
+    assert whole["code"] == 0
+    expected = sealed(tmp_path / "whole")
+    assert len(expected) == 2
+    assert whole["operations"] > 50
+    for n in range(whole["operations"]):
+        run = tmp_path / f"killed-{n}"
+        config = config_file(out=str(run))
+        assert worker(config, kill_at_operation=n)["killed"], f"operation {n} was not reached"
+        finish(worker, config)
+        assert sealed(run) == expected, f"after a kill at operation {n}"
+        leftovers = [p for p in run.rglob(".*") if p.name != ".lock"]
+        assert not leftovers, f"after a kill at operation {n}"
+
+
+def test_killed_at_random_moments(
+    worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path
+) -> None:
+    """Dropout, evaluation, best checkpoints and step-down included; some runs are killed several times."""
+    long = {"schedule__ranks": [3, 2, 1], "schedule__steps": 36, "train__eval_every": 5}
+    for name in ("whole", "again"):  # the first also measures how long imports and caches take; the second, a run
+        whole = worker(config_file(out=str(tmp_path / name), **long))
+        assert whole["code"] == 0
+    expected = sealed(tmp_path / "whole")
+    assert sealed(tmp_path / "again") == expected
+    source = random.Random()
+    kills = runs = 0
+    while kills < 20:
+        runs += 1
+        assert runs < 60, "the runs end before they can be killed"
+        run = tmp_path / f"killed-{runs}"
+        config = config_file(out=str(run))
+        for _ in range(1 + runs % 3):
+            kills += worker(config, kill_after=source.uniform(0.05, 0.95) * whole["seconds"])["killed"]
+        finish(worker, config)
+        assert sealed(run) == expected
+
+
+@pytest.mark.parametrize("policy", ["reset", "keep"])
+def test_interrupted_and_resumed_at_each_step(
+    worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path, policy: str
+) -> None:
+    """The optimizer-state policy survives a kill between sealing a link and opening the next."""
+    keys = {"schedule__optimizer_state": policy, "schedule__links": 2, "schedule__steps": 4}
+    whole = worker(config_file(out=str(tmp_path / "whole"), **keys))
+    assert whole["code"] == 0
+    for n in range(20, whole["operations"], 7):
+        run = tmp_path / f"killed-{n}"
+        config = config_file(out=str(run))
+        worker(config, kill_at_operation=n)
+        finish(worker, config)
+        assert sealed(run) == sealed(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_alone(
+    worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path
+) -> None:
+    config = config_file()
+    finish(worker, config)
+    before = snapshot(tmp_path / "run" / "links"), snapshot(tmp_path / "run" / "state")
+    finish(worker, config)
+    assert (snapshot(tmp_path / "run" / "links"), snapshot(tmp_path / "run" / "state")) == before

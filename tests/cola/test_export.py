@@ -1,0 +1,112 @@
+"""Invariant 2: the live model, PEFT with the exported adapter, and the merged checkpoint are the same function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cola_fast import UserError, attach
+from cola_fast.peft_format import Factors, decode, encode
+
+from ..conftest import disturb, snapshot, tiny_llama
+
+KEYS: list[dict[str, Any]] = [
+    {"r": 3},
+    {"r": 4, "targets": "all-linear", "alpha": 5},
+    {"r": 2, "targets": ["q_proj", "down_proj"], "rank_pattern": {"layers.1.mlp.down_proj": 7}},
+    {"r": 2, "targets": r"model\.layers\.1\..*_proj", "first_rank": 6},
+]
+
+
+def chained(model: nn.Module, *, open_link: bool, **keys: Any) -> Any:
+    chain = attach(model, **keys)
+    for k in range(2):
+        disturb(chain, seed=k)
+        chain.tie()
+        if k == 0 or open_link:
+            chain.extend(3)
+    if open_link:
+        disturb(chain, seed=7)
+    return chain
+
+
+def outputs(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(ids).logits
+    return result
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    assert float((actual - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("open_link", [False, True], ids=["sealed", "open"])
+@pytest.mark.parametrize("keys", KEYS, ids=["default", "all-linear", "rank-pattern", "regex"])
+def test_peft_loads_the_chain(keys: dict[str, Any], open_link: bool, ids: Tensor, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = tiny_llama()
+    chain = chained(model, open_link=open_link, **keys)
+    chain.export_adapter(tmp_path / "adapter")
+    peft = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    close(outputs(peft, ids), outputs(model, ids))
+    assert float((outputs(tiny_llama(), ids) - outputs(model, ids)).norm()) > 0.1
+
+
+def test_peft_loads_each_link(ids: Tensor, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = tiny_llama()
+    chain = attach(model, **KEYS[2])
+    disturb(chain)
+    chain.save(tmp_path / "run")
+    chain.tie()
+    peft = PeftModel.from_pretrained(tiny_llama(), tmp_path / "run" / "links" / "000")
+    close(outputs(peft, ids), outputs(model, ids))
+
+
+@pytest.mark.parametrize("open_link", [False, True], ids=["sealed", "open"])
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied-head"])
+def test_transformers_loads_the_merged_model(open_link: bool, tied: bool, ids: Tensor, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_llama(tie_word_embeddings=tied)
+    chain = chained(model, open_link=open_link, targets="all-linear")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    chain.export_merged(tmp_path / "merged")
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert {p.suffix for p in (tmp_path / "merged").iterdir()} == {".json", ".safetensors"}
+    close(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), ids), outputs(model, ids))
+
+
+@pytest.mark.parametrize("what", ["export_adapter", "export_merged"])
+def test_nothing_is_overwritten(what: str, tmp_path: Path) -> None:
+    chain = attach(tiny_llama())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match="already exists"):
+        getattr(chain, what)(tmp_path / "mine")
+    assert snapshot(tmp_path) == before
+    getattr(chain, what)(tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_format_round_trip() -> None:
+    factors = {
+        "a.x": Factors(torch.randn(2, 5), torch.randn(3, 2), 4.0),
+        "b.x": Factors(torch.randn(1, 4), torch.randn(6, 1), 8.0),
+        "c.x": Factors(torch.randn(2, 5), torch.randn(3, 2), 4.0),
+    }
+    fields: dict[str, Any] = {"targets": ["x"], "base_name": "m", "base_revision": None, "dropout": 0.0}
+    files = encode(factors, **fields)
+    assert files == encode(factors, **fields)  # the hash of a link depends on nothing else
+    back = decode(files)
+    for name, f in factors.items():
+        assert torch.equal(back[name].a, f.a)
+        assert torch.equal(back[name].b, f.b)
+        assert back[name].scale == f.scale
