@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():  # before triton is imported: it decides once
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import torch.nn.functional as F
 from torch import Tensor
 
