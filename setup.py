@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.10",
     packages=["cola_fast", "cola_kernels"],
     package_dir={"cola_kernels": "kernels/cola_kernels"},
-    package_data={"cola_fast": ["py.typed", "demo.yaml"], "cola_kernels": ["py.typed"]},
+    package_data={"cola_fast": ["py.typed", "demo.yaml"], "cola_kernels": ["py.typed", "tables/*.json"]},
     install_requires=[
         "torch>=2.7",
         "triton>=3.3; platform_system == 'Linux'",

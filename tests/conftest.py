@@ -16,6 +16,11 @@ import torch
 import yaml
 from torch import nn
 
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # triton decides at its import: the kernels run interpreted, on request
+
 torch.set_num_threads(1)  # tiny tensors; and two workers share two cores
 
 

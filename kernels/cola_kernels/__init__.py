@@ -1,9 +1,11 @@
 """Fused LoRA kernels: needs torch (and triton on a GPU), nothing else.
 
-`lora_linear` and `merge_` are the public ops; `reference` holds their specification in plain PyTorch.
+`lora_linear`, `lora_linear_group` and `merge_` are the public ops; `reference` holds their specification in plain
+PyTorch, and `backend` says which of the two runs.
 """
 
 from . import reference
-from .reference import FoldReport, lora_linear, merge_
+from .ops import lora_linear, lora_linear_group, merge_
+from .reference import FoldReport
 
-__all__ = ["FoldReport", "lora_linear", "merge_", "reference"]
+__all__ = ["FoldReport", "lora_linear", "lora_linear_group", "merge_", "reference"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -22,6 +24,21 @@ def check_lora_linear(
         raise ValueError(
             "weight requires a gradient, but lora_linear treats it as frozen: weight.requires_grad_(False)."
         )
+
+
+def check_group(
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[float],
+    biases: Sequence[Tensor | None],
+) -> None:
+    counts = [len(part) for part in (weights, lora_as, lora_bs, scales, biases)]
+    if counts[0] < 1 or len(set(counts)) > 1:
+        raise ValueError(f"weights, lora_as, lora_bs, scales and biases have lengths {counts}: give one each a member.")
+    dtypes = {a.dtype for a in lora_as}
+    if len(dtypes) > 1:
+        raise ValueError(f"lora_as have dtypes {sorted(map(str, dtypes))}, but a group stacks them: use one dtype.")
 
 
 def check_merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, rounding: str) -> None:

@@ -57,4 +57,16 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """An int64 scalar on `device`; None draws one from torch's generator, so checkpointing and resume replay it."""
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
-    return torch.as_tensor(seed, dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.to(device, torch.int64)
+    return torch.full((), seed, dtype=torch.int64, device=device)  # a fill, not a copy from the host: no wait
+
+
+def dropout_threshold(dropout: float) -> int:
+    """An element is kept if its draw is at least this: the probability, rounded to a multiple of 2**-16."""
+    return min(round(dropout * DRAW_RANGE), DRAW_RANGE - 1)
+
+
+def inverse_keep(dropout: float) -> float:
+    """One over the probability of being kept, as rounded: the mean is preserved exactly."""
+    return DRAW_RANGE / (DRAW_RANGE - dropout_threshold(dropout))

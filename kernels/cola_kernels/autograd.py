@@ -1,0 +1,175 @@
+"""The LoRA linear as an autograd Function, written once over four primitives that each backend supplies.
+
+    S  = project(x, A)                    drop(X) Aᵀ
+    Y  = seeded_matmul(x, Wᵀ, S, Bᵀ)      X Wᵀ + scale · S Bᵀ + bias
+    dS, dB = output_grads(dY, B, S)       scale · dY B,  scale · dYᵀ S
+    dX = seeded_matmul(dY, W, dS, A)      dY W + undrop(dS A)
+    dA = factor_grad(dS, x)               dSᵀ drop(X)
+
+It takes a group of members that read the same x (q, k and v; gate and up): their A are stacked, so that x is read once
+for every S and once for every dA, and their dX is accumulated in one buffer. A single layer is a group of one.
+
+Backward keeps x and S, nothing else: dropout is made again from its seed. With every A frozen x is not kept, and with
+every B frozen S is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from .checks import check_group, check_lora_linear
+from .philox import as_seed
+
+
+class Project(Protocol):
+    def __call__(self, x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
+        """`scale · drop(x) aᵀ`: x [M, K], a [R, K] -> [M, R] in x's dtype."""
+
+
+class SeededMatmul(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        w: Tensor,
+        u: Tensor,
+        v: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        dropout: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        """`x w + undrop(scale · u v) + bias`: x [M, L], w [L, P], u [M, R], v [R, P] -> [M, P] in x's dtype."""
+
+
+class OutputGrads(Protocol):
+    def __call__(self, dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`scale · dy b` [M, R], and `scale · dyᵀ s` [N, R] in `dtype`: dy [M, N], b [N, R], s [M, R]."""
+
+
+class FactorGrad(Protocol):
+    def __call__(self, ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`dsᵀ drop(x)`: ds [M, R], x [M, K] -> [R, K] in `dtype`."""
+
+
+class Primitives(NamedTuple):
+    """What a backend implements. The operands of one call share a dtype."""
+
+    project: Project
+    seeded_matmul: SeededMatmul
+    output_grads: OutputGrads
+    factor_grad: FactorGrad
+
+
+def make_function(ops: Primitives) -> type[Function]:
+    """The Function over `ops`. Its inputs: x, seed, scales, dropout; then all weights, lora_as, lora_bs, biases."""
+
+    class LoRALinear(Function):
+        @staticmethod
+        def forward(
+            ctx: Any, x: Tensor, seed: Tensor | None, scales: tuple[float, ...], dropout: float, *members: Any
+        ) -> tuple[Tensor, ...]:
+            count, dtype = len(scales), x.dtype
+            weights, lora_as, lora_bs, biases = (members[i * count : (i + 1) * count] for i in range(4))
+            rows = x.reshape(-1, x.shape[-1])  # [M, K]
+            s = ops.project(rows, _stack(lora_as).to(dtype), 1.0, dropout, seed)  # [M, sum of R]
+            ys = []
+            for w, b, bias, scale, s_i in zip(weights, lora_bs, biases, scales, _split(s, lora_as), strict=True):
+                bias = None if bias is None else bias.to(dtype)
+                y = ops.seeded_matmul(rows, w.to(dtype).t(), s_i, b.to(dtype).t(), scale, bias, 0.0, None)  # [M, N]
+                ys.append(y.reshape(*x.shape[:-1], y.shape[-1]))
+            needs = ctx.needs_input_grad[4:]
+            needs_a, needs_b = any(needs[count : 2 * count]), any(needs[2 * count : 3 * count])
+            ctx.save_for_backward(x if needs_a else None, s if needs_b else None, seed, *weights, *lora_as, *lora_bs)
+            ctx.scales, ctx.dropout, ctx.x_shape = scales, dropout, x.shape
+            ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+            return tuple(ys)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+            scales, dropout, count = ctx.scales, ctx.dropout, len(ctx.scales)
+            x, s, seed, *members = ctx.saved_tensors
+            weights, lora_as, lora_bs = (members[i * count : (i + 1) * count] for i in range(3))
+            needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+            needs_a, needs_b, needs_bias = (needs[i * count : (i + 1) * count] for i in (1, 2, 3))
+            rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # each [M, N]
+            dtype = rows[0].dtype
+            dx: Tensor | None = None
+            das: Sequence[Tensor | None] = [None] * count
+            dbs: list[Tensor | None] = [None] * count
+            dss: list[Tensor] = []  # each [M, R]
+            if any(needs_b):
+                for i, s_i in enumerate(_split(s, lora_as)):
+                    ds, dbs[i] = ops.output_grads(rows[i], lora_bs[i].to(dtype), s_i, scales[i], lora_bs[i].dtype)
+                    dss.append(ds)
+            elif needs_x or any(needs_a):
+                for dy, b, scale in zip(rows, lora_bs, scales, strict=True):
+                    dss.append(ops.project(dy, b.to(dtype).t(), scale, 0.0, None))
+            if needs_x or any(needs_a):
+                stacked = _stack(dss, dim=1)  # [M, sum of R]
+            if needs_x:
+                a = _stack(lora_as).to(dtype)
+                dx = ops.seeded_matmul(rows[0], weights[0].to(dtype), stacked, a, 1.0, None, dropout, seed)  # [M, K]
+                for dy, w in zip(rows[1:], weights[1:], strict=True):
+                    dx.addmm_(dy, w.to(dtype))
+                dx = dx.reshape(ctx.x_shape)
+            if any(needs_a):
+                x = x.reshape(-1, x.shape[-1])
+                da = ops.factor_grad(stacked, x, dropout, seed, lora_as[0].dtype)  # [sum of R, K]
+                das = [d if need else None for d, need in zip(da.split(_ranks(lora_as)), needs_a, strict=True)]
+            dbs = [db if need else None for db, need in zip(dbs, needs_b, strict=True)]
+            dbiases = [
+                dy.sum(0).to(bias_dtype) if need else None
+                for dy, bias_dtype, need in zip(rows, ctx.bias_dtypes, needs_bias, strict=True)
+            ]
+            return dx, None, None, None, *([None] * count), *das, *dbs, *dbiases
+
+    return LoRALinear
+
+
+def apply(
+    function: type[Function],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[float],
+    biases: Sequence[Tensor | None],
+    dropout: float,
+    seed: int | Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Checks, autocast and seed, common to every backend; then the Function."""
+    check_group(weights, lora_as, lora_bs, scales, biases)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    else:
+        for weight in weights:
+            if x.dtype != weight.dtype:
+                raise ValueError(
+                    f"x is {x.dtype} but weight is {weight.dtype}: cast one of them, or use torch.autocast."
+                )
+    for weight, a, b, bias in zip(weights, lora_as, lora_bs, biases, strict=True):
+        check_lora_linear(x, weight, a, b, bias, dropout)
+    mask_seed = as_seed(seed, x.device) if dropout > 0 else None
+    members = (*weights, *lora_as, *lora_bs, *biases)
+    ys: tuple[Tensor, ...] = function.apply(x, mask_seed, tuple(scales), dropout, *members)
+    return ys
+
+
+def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _ranks(lora_as: Sequence[Tensor]) -> list[int]:
+    return [a.shape[0] for a in lora_as]
+
+
+def _split(s: Tensor, lora_as: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The columns of S [M, sum of R] that belong to each member."""
+    parts: tuple[Tensor, ...] = s.split(_ranks(lora_as), dim=1)
+    return parts

@@ -1,0 +1,246 @@
+"""Compile every kernel and configuration ahead of time, for GPUs that need not be there.
+
+    python -m cola_kernels.compile --targets sm_80,sm_90,sm_100,gfx942 [--jobs 2] [--only project]
+
+Prints registers, shared memory and spilled bytes of each; exits 1 if one does not compile, spills, or asks for more
+shared memory than the target has. The first candidate of a kernel is also the rule for GPUs without a tuned table, so
+on sm_80 it must fit the 99 KiB of the smaller chips of that family (sm_86, sm_89).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import backend, matmul, merge, skinny
+from .tuning import Config, Shape, rank_block
+
+KIB = 1024
+SHARED_LIMITS = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
+SMALL_AMPERE = 99 * KIB
+
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # fp16 takes bf16's tiles and registers
+DTYPES = ("bf16", "fp32")
+RANKS = (1, 32, 64, 128)  # one of each block the ranks are padded to
+ROWS = (512, 8192)
+
+
+class Case(NamedTuple):
+    """One kernel under one configuration. `types` holds the signature where it differs from `_type`'s rule."""
+
+    kernel: Any
+    name: str
+    dtype: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    config: Config
+    rule: bool  # a first candidate
+
+    def label(self) -> str:
+        flags = [f"{k}={v}" for k, v in self.constants.items() if v is not None and v is not False]
+        blocks = [f"{k}={v}" for k, v in self.config.items()]
+        return " ".join([self.name, self.dtype, *flags, *blocks])
+
+
+class Usage(NamedTuple):
+    registers: int
+    spilled: int  # bytes
+    shared: int  # bytes
+
+
+def cases() -> list[Case]:
+    """Everything the launchers can ask for, of one divisibility by 16."""
+    found: dict[str, Case] = {}
+    for case in itertools.chain(_skinny_cases(), _matmul_cases(), _merge_cases()):
+        rule = case.rule or (case.label() in found and found[case.label()].rule)  # for any number of tokens
+        found[case.label()] = case._replace(rule=rule)
+    return list(found.values())
+
+
+def _shapes(largest: int) -> Iterator[Shape]:
+    for dtype, m, rank, dropout in itertools.product(NAMES, ROWS, RANKS, (False, True)):
+        yield Shape(torch.device("cpu"), dtype, m, 4096, rank_block(rank, dtype, largest), dropout)
+
+
+def _dropout(shape: Shape) -> dict[str, Any]:
+    return {"DROPOUT": True} if shape.dropout else {"DROPOUT": False, "p_seed": None}
+
+
+def _skinny_cases() -> Iterator[Case]:
+    for shape in _shapes(skinny.MAX_RANK_BLOCK):
+        dtype = NAMES[shape.dtype]
+        common = {**_dropout(shape), "BR": shape.rank, "stride_xk": 1}
+        for i, config in enumerate(filter(None, skinny.project_configs(shape))):
+            # A is read as it lies; where dS alone is wanted, B is read as its transpose, and nothing is dropped.
+            for unit in ("stride_ak",) if shape.dropout else ("stride_ak", "stride_ar"):
+                yield Case(skinny._project_kernel, "project", dtype, {}, {**common, unit: 1}, config, i == 0)
+        for i, strip in enumerate(filter(None, skinny.strip_configs(shape))):
+            config = {k: v for k, v in strip.items() if k != "ROWS"}  # not a constant
+            constants = {**common, "stride_dsr": 1}
+            types = {"p_da": "*fp32"}
+            yield Case(skinny._factor_grad_kernel, "factor_grad", dtype, types, constants, config, i == 0)
+            if not shape.dropout and shape.rank <= skinny.MAX_RANK_BLOCK_OUTPUT:
+                constants = {"stride_dyn": 1, "stride_br": 1, "stride_sr": 1, "BR": shape.rank}
+                types = {"p_ds": "*fp32", "p_db": "*fp32"}
+                yield Case(skinny._output_grads_kernel, "output_grads", dtype, types, constants, config, i == 0)
+        yield Case(skinny._sum_kernel, "sum", dtype, {"p_parts": "*fp32"}, {}, skinny.SUM_CONFIG, True)
+
+
+def _matmul_cases() -> Iterator[Case]:
+    for shape in _shapes(matmul.MAX_RANK_BLOCK):
+        dtype = NAMES[shape.dtype]
+        # Y: V = Bᵀ, W = weightᵀ, a bias, no dropout. dX: V = A, W = weight, no bias, dropout or not.
+        for forward in [False] if shape.dropout else [False, True]:
+            constants: dict[str, Any] = {"BIAS": forward, "BR": shape.rank, "stride_ur": 1}
+            constants |= {"stride_vr": 1} if forward else {"stride_vp": 1, "p_bias": None}
+            for i, config in enumerate(matmul.seed_configs(shape)):
+                yield Case(matmul._seed_kernel, "seed", dtype, {}, {**constants, **_dropout(shape)}, config, i == 0)
+            constants |= {"W_ROWS_ARE_P": forward, "stride_wl" if forward else "stride_wp": 1, "stride_xl": 1}
+            gemms = [(tma, gemm) for tma in (False, True) for gemm in matmul.gemm_configs(shape, tma) if gemm]
+            for tma, gemm in gemms:
+                blocks = ([gemm["BM"], gemm["BL"]], [gemm["BP"], gemm["BL"]] if forward else [gemm["BL"], gemm["BP"]])
+                kinds = [f"tensordesc<{dtype}{block}>" if tma else f"*{dtype}" for block in blocks]
+                types = dict(zip(("x", "w"), kinds, strict=True))
+                yield Case(matmul._gemm_kernel, "gemm", dtype, types, {**constants, "TMA": tma}, gemm, False)
+
+
+def _merge_cases() -> Iterator[Case]:
+    for dtype, stochastic, report in itertools.product(DTYPES, (False, True), (False, True)):
+        if stochastic and dtype == "fp32":
+            continue
+        constants: dict[str, Any] = {"DROPPED": 16 if stochastic else 0, "REPORT": report}
+        constants |= {"stride_wk": 1, "stride_ak": 1, "stride_br": 1}
+        constants |= {} if stochastic else {"p_seed": None}
+        constants |= {} if report else {"p_report": None}
+        types = {"p_report": "*fp32"} if report else {}
+        yield Case(merge._merge_kernel, "merge", dtype, types, constants, merge.CONFIG, True)
+
+
+def runs_on(case: Case, target: str) -> bool:
+    """The GEMM uses TMA where there is one, from sm_90 on, and pointers elsewhere."""
+    return case.constants.get("TMA") in (None, target in ("sm_90", "sm_100"))
+
+
+def compile_case(case: Case, target: str) -> Usage:
+    """Compile, and read what the assembler says of the result."""
+    options = {k: v for k, v in case.config.items() if k.startswith("num_")}
+    constants = {**case.constants, **{k: v for k, v in case.config.items() if k not in options}}
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in constants else _type(name, case) for name in names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _divisible(name, signature[name])}
+    compiled = triton.compile(ASTSource(case.kernel, signature, constants, attrs), target=_gpu(target), options=options)
+    shared = compiled.metadata.shared
+    if target.startswith("sm_"):
+        return Usage(*_cubin_usage(compiled.asm["cubin"]), shared)
+    return Usage(_amd_field(compiled, "vgpr_count"), 4 * _amd_field(compiled, "vgpr_spill_count"), shared)
+
+
+def _type(name: str, case: Case) -> str:
+    if name in case.types:
+        return case.types[name]
+    if name == "p_seed":
+        return "*i64"
+    if name.startswith("p_"):
+        return f"*{case.dtype}"
+    return "fp32" if name == "scale" else "i32"
+
+
+def _divisible(name: str, kind: str) -> bool:
+    """What a launch would find out: aligned tensors, and all sizes but M, R and strides of R a multiple of 16."""
+    return kind.startswith("*") or (kind == "i32" and name not in ("M", "R", "threshold", "parts"))
+
+
+def _gpu(target: str) -> GPUTarget:
+    if target.startswith("sm_"):
+        return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return GPUTarget("hip", target, 64)
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack and local memory, where spilled registers go."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(fields["REG"]), int(fields["STACK"]) + int(fields["LOCAL"])
+
+
+def _amd_field(compiled: Any, field: str) -> int:
+    found = re.search(rf"\.{field}:\s+(\d+)", compiled.asm["amdgcn"])
+    if found is None:
+        raise RuntimeError(f"the assembly does not state .{field}")
+    return int(found[1])
+
+
+def check(case: Case, target: str) -> tuple[str, bool]:
+    """One row of the table, and whether it passes."""
+    try:
+        usage = compile_case(case, target)
+    except Exception as error:  # whatever the compiler raises is this row's result
+        return (
+            f"{target:<7} {'-':>4} {'-':>6} {'-':>7}  {case.label()}  FAILED: {str(error).strip().splitlines()[-1:]}",
+            False,
+        )
+    limit = SMALL_AMPERE if case.rule and target == "sm_80" else SHARED_LIMITS[target]
+    verdict = "  SPILLS" if usage.spilled else ""
+    if usage.shared > limit:
+        verdict += f"  EXCEEDS {limit} bytes of shared memory"
+    row = f"{target:<7} {usage.registers:>4} {usage.spilled:>6} {usage.shared:>7}  {case.label()}{verdict}"
+    return row, not verdict
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cola_kernels.compile", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--targets", default="sm_80,sm_90,sm_100", help=f"of {', '.join(SHARED_LIMITS)}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    options = parser.parse_args(arguments)
+    targets = options.targets.split(",")
+    unknown = [target for target in targets if target not in SHARED_LIMITS]
+    if unknown:
+        parser.error(f"unknown targets {', '.join(unknown)}: choose among {', '.join(SHARED_LIMITS)}")
+    if backend.INTERPRET:
+        parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
+    chosen = [(c, i) for i, c in enumerate(cases()) if options.only in c.name]
+    failures = dict.fromkeys(targets, 0)
+    print(f"{'target':<7} {'regs':>4} {'spill':>6} {'shared':>7}  kernel")
+    # Fresh processes: a compiler that crashes takes no other row with it, and threads of torch are not forked.
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for target in targets:
+            indices = [i for c, i in chosen if runs_on(c, target)]
+            for row, passed in pool.map(functools.partial(_check_index, target), indices, chunksize=4):
+                print(row, flush=True)
+                failures[target] += not passed
+            print(f"{target}: {len(indices)} compiled, {failures[target]} failed", flush=True)
+    return 1 if any(failures.values()) else 0
+
+
+def _check_index(target: str, index: int) -> tuple[str, bool]:
+    return check(_all_cases()[index], target)
+
+
+@functools.cache
+def _all_cases() -> list[Case]:
+    return cases()  # a kernel does not pickle: workers look it up by its place in the list
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Ahead-of-time compilation: a few rows here, in a process that does not interpret; CI runs the whole table."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+from cola_kernels import compile as aot
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-m", "cola_kernels.compile", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_compiles_without_a_gpu():
+    result = run("--targets", "sm_80,sm_90", "--only", "merge", "--jobs", "1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "sm_80: 6 compiled, 0 failed" in result.stdout
+    assert "sm_90: 6 compiled, 0 failed" in result.stdout
+
+
+def test_a_bad_row_fails_the_run():
+    """More shared memory than the target has, told without compiling anything else."""
+    program = (
+        "import sys; from cola_kernels import compile as aot\n"
+        "case = next(c for c in aot.cases() if c.name == 'project')\n"
+        "aot.SHARED_LIMITS['sm_90'] = 1\n"
+        "row, passed = aot.check(case, 'sm_90')\n"
+        "assert not passed and 'EXCEEDS 1 bytes' in row, row\n"
+        "row, passed = aot.check(case._replace(constants={}), 'sm_90')\n"
+        "assert not passed and 'FAILED' in row, row\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_unknown_target_is_named():
+    result = run("--targets", "sm_75")
+    assert result.returncode == 2
+    assert "sm_75" in result.stderr
+
+
+def test_the_table_holds_every_kernel_and_few_configurations():
+    cases = aot.cases()
+    assert {c.name for c in cases} == {"project", "output_grads", "factor_grad", "sum", "seed", "gemm", "merge"}
+    assert len({c.label() for c in cases}) == len(cases)
