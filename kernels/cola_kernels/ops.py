@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backend, reference
+from . import autograd, backend, nf4_fold, reference
+from .nf4 import NF4
 from .reference import FoldReport
 
 _LIBRARY = torch.library.Library("cola_kernels", "FRAGMENT")
@@ -58,10 +59,25 @@ def _fake_factor_grad(ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None
     return x.new_empty(ds.shape[1], x.shape[1], dtype=dtype)
 
 
+def _fake_dequantize(*args: Any) -> None:
+    return None
+
+
 def _triton_function() -> type[torch.autograd.Function] | None:
     if not backend.HAS_TRITON:
         return None
-    from . import matmul, skinny
+    from . import dequantize, matmul, skinny
+
+    into = _op(
+        "nf4_dequantize_(Tensor codes, Tensor absmax, Tensor? absmax2, Tensor? table, Tensor? offset, int blocksize, "
+        "int blocksize2, Tensor(a!) out) -> ()",
+        dequantize.launch_dequantize,
+        _fake_dequantize,
+    )
+
+    def dequantize_into(weight: NF4, out: Tensor) -> Tensor:
+        into(*weight[:5], *weight.layout, out)
+        return out
 
     return autograd.make_function(
         autograd.Primitives(
@@ -87,6 +103,7 @@ def _triton_function() -> type[torch.autograd.Function] | None:
                 skinny.launch_factor_grad,
                 _fake_factor_grad,
             ),
+            dequantize_into,
         )
     )
 
@@ -156,3 +173,29 @@ def merge_(
         with torch.cuda.device_of(weight):
             return triton_merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
     return reference.merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
+
+
+def nf4_merge_(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    rounding: str = "activation",
+    second_moment: Tensor | None = None,
+    tokens: int | None = None,
+    damping: float = 0.01,
+    held_out: Tensor | None = None,
+    seed: int = 0,
+) -> FoldReport:
+    """`weight += scale · B A` in the codes of an NF4 weight; its scales, and its storage, stay as they are.
+
+    `nf4_fold.nf4_merge_` says what the arguments are; the backend is chosen as for `lora_linear`.
+    """
+    kernels = nf4_fold.REFERENCE
+    if backend.use_triton(lora_a):
+        from .nf4_merge import TRITON as kernels
+    with torch.cuda.device_of(lora_a):
+        return nf4_fold.fold(
+            kernels, weight, lora_a, lora_b, scale, rounding, second_moment, tokens, damping, held_out, seed
+        )

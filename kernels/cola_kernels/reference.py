@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd
+from . import autograd, nf4
 from .checks import check_merge
 from .philox import DRAW_RANGE, as_seed, draws, dropout_threshold, inverse_keep
 
@@ -49,7 +49,8 @@ def lora_linear(
 
     Args:
         x: `[..., K]`, floating point.
-        weight: `[N, K]`, frozen, of x's dtype (or any float dtype under autocast).
+        weight: `[N, K]`, frozen, of x's dtype (or any float dtype under autocast); or an NF4 weight of bitsandbytes,
+            a `Params4bit`, dequantised to x's dtype for as long as one product takes.
         lora_a, lora_b: `[R, K]` and `[N, R]`, any float dtype; used in x's dtype, gradients come back in their own.
         scale: alpha / R.
         bias: `[N]` or None.
@@ -61,7 +62,8 @@ def lora_linear(
         `[..., N]` in x's dtype (the autocast dtype under autocast).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, dropout outside [0, 1), a weight that requires a gradient.
+        ValueError: shapes or dtypes that do not fit, dropout outside [0, 1), a weight that requires a gradient; of
+            quantised weights, what is not NF4, or was repacked for the CPU (`unpack_nf4_`).
     """
     (y,) = autograd.apply(FUNCTION, x, [weight], [lora_a], [lora_b], [scale], [bias], dropout, seed)
     return y
@@ -129,7 +131,9 @@ def factor_grad(ds: Tensor, x: Tensor, dropout: float, mask: Tensor | None, dtyp
     return da if mask is None else da.mul_(inverse_keep(dropout))
 
 
-FUNCTION = autograd.make_function(autograd.Primitives(make_mask, project, seeded_matmul, output_grads, factor_grad))
+FUNCTION = autograd.make_function(
+    autograd.Primitives(make_mask, project, seeded_matmul, output_grads, factor_grad, nf4.dequantize)
+)
 
 
 def _zero(x: Tensor, mask: Tensor | None) -> Tensor:
