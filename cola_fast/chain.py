@@ -135,7 +135,9 @@ class Chain:
 
         starts: what the link started from, to be taken out of the weights (`cola_fast.opening`).
         """
-        index, starts = len(self.links), dict(starts or {})
+        index = len(self.links)
+        # copies: the factors themselves become the parameters that are trained
+        starts = {name: Factors(f.a.clone(), f.b.clone(), f.alpha) for name, f in (starts or {}).items()}
         for name, start in starts.items():
             self._take_out(index, name, start.negated())
         for name, f in factors.items():

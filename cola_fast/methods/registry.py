@@ -127,4 +127,4 @@ def _leaves(method: Method) -> Iterator[tuple[str, str, Any]]:
 
 
 def _yaml(value: Any) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value)

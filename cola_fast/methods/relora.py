@@ -30,7 +30,11 @@ register(
 
 @STATE.fill("prune-magnitude")
 def prune_magnitude(state: dict[int, dict[str, Any]], share: float, seed: int) -> dict[int, dict[str, Any]]:
-    """The smallest `share` of each moment's elements become 0. Adam's step count goes on, as in the authors' code."""
+    """The smallest `share` of each moment's elements become 0. Adam's step count goes on, as in the authors' code.
+
+    As there, each moment is pruned by itself. An element that keeps its first and loses its second takes large steps:
+    this wants the warm-up and a smaller learning rate than a reset does.
+    """
 
     def prune(moment: Tensor) -> Tensor:
         smallest = moment.abs().flatten().argsort(stable=True)[: round(share * moment.numel())]
