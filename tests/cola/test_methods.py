@@ -145,8 +145,8 @@ def test_detaching_an_untrained_link_gives_the_model_back(name: str, ids: Tensor
 @pytest.mark.slow
 @ALL
 def test_every_method_learns(name: str, config_file: Callable[..., str], raw_config: dict[str, Any]) -> None:
-    """With its own presets, except that ReLoRA's warm-up has to fit into a link of 60 steps, and that the moments it keeps
-    diverge at the others' learning rate."""
+    """With its own presets, except that ReLoRA's warm-up has to fit into a link of 60 steps, and that the moments it
+    keeps diverge at the others' learning rate."""
     del raw_config["schedule"]["links"]
     raw_config["chain"] = {"method": name, "targets": "all-linear", "alpha": 4, "r": 1 if name == "xgblora" else 4}
     keys = {"schedule__rewarm": 20} if name == "relora" else {}
