@@ -22,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["cola_fast", "cola_kernels"],
+    packages=["cola_fast", "cola_fast.methods", "cola_kernels"],
     package_dir={"cola_kernels": "kernels/cola_kernels"},
     package_data={"cola_fast": ["py.typed", "demo.yaml"], "cola_kernels": ["py.typed", "tables/*.json"]},
     install_requires=[

@@ -31,6 +31,7 @@ class Entry:
 
 SUITES = {
     "demo": Entry("What does the demo reach, and how long does it take?", "benchmarks.demo"),
+    "gelora": Entry("How does the intrinsic dimension change with depth, and which ranks follow?", "benchmarks.gelora"),
     "step_time": Entry(
         "How long do a LoRA linear and a whole training step take, beside PEFT and transformers' Trainer?",
         "benchmarks.step_time",

@@ -12,16 +12,18 @@ if TYPE_CHECKING:
     from .chain import Chain, attach, load_chain
     from .errors import UserError
     from .layer import LoRALinear
+    from .ranks import gelora_ranks
     from .trainer import train
 
 __version__ = "0.1.0"
-__all__ = ["Chain", "LoRALinear", "UserError", "attach", "load_chain", "train"]
+__all__ = ["Chain", "LoRALinear", "UserError", "attach", "gelora_ranks", "load_chain", "train"]
 
 _HOMES = {
     "Chain": "chain",
     "LoRALinear": "layer",
     "UserError": "errors",
     "attach": "chain",
+    "gelora_ranks": "ranks",
     "load_chain": "chain",
     "train": "trainer",
 }

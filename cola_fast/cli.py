@@ -18,6 +18,8 @@ Fine-tune a language model with a chain of LoRA links (COLA, arXiv 2401.04151).
   cola eval RUN                       score the base, the model after each link, and the merged export
   cola export RUN --to adapter        one PEFT adapter equal to the whole chain
   cola export RUN --to merged         a plain transformers checkpoint with the chain in its weights
+  cola ranks CONFIG.yaml [key=value]  GeLoRA: the rank each block needs, from the geometry of its hidden states
+  cola methods                        the chain family: what chain.method can name
   cola info RUN                       what is in a run folder
 """
 
@@ -57,10 +59,22 @@ Write a run's chain for use elsewhere.
 """
 
 
+RANKS_HELP = """\
+Measure the intrinsic dimension (TwoNN) of the hidden states between the blocks of a model, on its training
+examples, and print GeLoRA's rank for every block (arXiv 2412.09250). Writes three files:
+
+  ranks.yaml   chain.rank_pattern and chain.scaling, to be pasted into a configuration
+  ranks.json   dimensions and ranks, with what they were measured on
+  ranks.png    dimension and rank by depth
+
+`chain.method: [cola, gelora]` trains with these ranks without this command.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command not in ("train", "demo") or any(word.startswith("-") for word in rest)):
+    if rest and (options.command not in ("train", "demo", "ranks") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops reading key=value pairs at the first option between them
         options.overrides += rest
@@ -124,6 +138,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--best", action="store_true", help="export the best checkpoint instead of the last")
     export.set_defaults(run=_export)
 
+    ranks = commands.add_parser(
+        "ranks", help="ranks from the geometry of the hidden states", description=RANKS_HELP, formatter_class=raw
+    )
+    ranks.add_argument("config", metavar="CONFIG.yaml")
+    ranks.add_argument("overrides", nargs="*", metavar="key=value", help="change single keys of the configuration")
+    ranks.add_argument("--out", metavar="FOLDER", help="where to write the files (default: the run's folder + -ranks)")
+    ranks.set_defaults(run=_ranks)
+
+    methods = commands.add_parser("methods", help="list the chain family")
+    methods.set_defaults(run=_methods)
+
     info = commands.add_parser("info", help="show what a run folder holds")
     info.add_argument("folder", metavar="RUN")
     info.set_defaults(run=_info)
@@ -179,6 +204,29 @@ def _export(options: argparse.Namespace) -> int:
     from .report import export_run
 
     print(export_run(options.folder, options.to, out=options.out, best=options.best))
+    return 0
+
+
+def _ranks(options: argparse.Namespace) -> int:
+    from .config import load
+
+    config = load(options.config, options.overrides)
+    _quiet_libraries()
+    from .geometry import measure, table, write
+
+    found = measure(config)
+    folder = options.out or f"{config.out}-ranks"
+    write(found, folder)
+    print(table(found))
+    print(f"written to {folder}: ranks.yaml, ranks.json, ranks.png")
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from .methods import METHODS
+
+    for method in METHODS.values():
+        print(f"{method.name:14} {method.paper:16}  {method.summary}")
     return 0
 
 

@@ -25,8 +25,9 @@ def export_adapter(chain: Chain, folder: Path) -> Path:
     links = [link.factors() for link in chain.links]
     if chain.open_link is not None:
         links.append(chain.open_factors())
-    factors = {name: concatenate([link[name] for link in links]) for name in chain.layers}
-    store.write_folder(folder, peft_format.encode(factors, **chain.peft_fields()))
+    named = {name: [link[name] for link in links if name in link] for name in chain.layers}
+    factors = {name: concatenate(parts) for name, parts in named.items() if parts}
+    store.write_folder(folder, peft_format.encode(factors, **chain.peft_fields(factors)))
     return folder
 
 
@@ -41,7 +42,7 @@ def export_merged(chain: Chain, folder: Path, tokenizer: Any = None) -> Path:
     """Only the modules of a still open link are copied, to have it folded into the copy; the model is not touched."""
     _refuse_existing(folder)
     state = {k: v for k, v in chain.model.state_dict().items() if not k.endswith((".lora_A", ".lora_B"))}
-    for name, f in chain.open_factors().items():
+    for name, f in chain.live_factors().items():
         weight = state[f"{name}.weight"].cpu().clone()
         merge_(weight, f.a, f.b, f.scale, rounding=chain.base.rounding)
         state[f"{name}.weight"] = weight

@@ -44,10 +44,10 @@ def estimate(
     model.to(dtype)
     for layer in chain.layers.values():  # the link stays fp32 whatever the base is
         for parameter in (layer.lora_A, layer.lora_B):
-            assert parameter is not None
-            parameter.data = parameter.data.float()
+            if parameter is not None:
+                parameter.data = parameter.data.float()
     trained = sum(p.numel() for p in chain.parameters())
-    base = [p for p in model.parameters() if not p.requires_grad]
+    base = [p for name, p in model.named_parameters() if not name.endswith((".lora_A", ".lora_B"))]
     weights = sum(p.numel() * p.element_size() for p in base)
     activations = obstacle = None
     try:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,6 +36,20 @@ class Factors(NamedTuple):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def negated(self) -> Factors:
+        return self._replace(b=-self.b)
+
+    def minus(self, start: Factors) -> Factors:
+        """This update less another of the same rank and alpha, as one of twice the rank. `halves` undoes it exactly."""
+        return Factors(torch.cat([self.a, start.a]), torch.cat([self.b, -start.b], dim=1), 2 * self.alpha)
+
+    def halves(self) -> tuple[Factors, Factors]:
+        """Of a difference made by `minus`: the update, and the start with B negated, both to be added."""
+        r = self.rank // 2
+        a, b = self.a.split(r), self.b.split(r, dim=1)
+        trained, taken = (Factors(x.clone(), y.contiguous(), self.alpha / 2) for x, y in zip(a, b, strict=True))
+        return trained, taken
 
 
 def encode(

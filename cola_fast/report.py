@@ -27,7 +27,7 @@ def dry_run(config: Config) -> str:
     c, t = config.chain, config.train
     chain = attach(
         model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rank_pattern=c.rank_pattern,
-        first_rank=max(span.rank for span in schedule.spans),
+        first_rank=max(span.rank for span in schedule.spans), scaling=c.scaling, frozen=c.frozen, share=c.share,
     )  # fmt: skip
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
@@ -67,10 +67,11 @@ def dry_run(config: Config) -> str:
 def score_run(folder: str | Path, *, best: bool = False) -> list[dict[str, Any]]:
     """Scores of the base, after each link, with the open link if there is one, and of the merged export reloaded."""
     from .best import load_best
-    from .chain import load_chain, read_record
+    from .chain import load_chain
     from .data import load_data
     from .evaluate import evaluate
     from .models import context_length, load_model, load_tokenizer
+    from .record import read_record
     from .run import load_config
 
     run = Path(folder)
@@ -134,8 +135,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def export_run(folder: str | Path, to: str, *, out: str | None = None, best: bool = False) -> str:
     """Rebuild the chain on its base and export it. Returns a sentence saying what is where."""
     from .best import load_best
-    from .chain import load_chain, read_record
+    from .chain import load_chain
     from .models import load_model, load_tokenizer
+    from .record import read_record
     from .run import load_config
 
     run = Path(folder)
@@ -156,7 +158,7 @@ def export_run(folder: str | Path, to: str, *, out: str | None = None, best: boo
 
 def describe(folder: str | Path) -> str:
     """The chain, link by link, and where training stands. Reads chain.json and the state, no weights."""
-    from .chain import load_state, read_record
+    from .record import load_state, read_record
 
     run = Path(folder)
     record, state = read_record(run), load_state(run)

@@ -93,12 +93,21 @@ def test_killed_at_random_moments(
         assert sealed(run) == expected
 
 
-@pytest.mark.parametrize("policy", ["reset", "keep"])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"schedule__optimizer_state": "reset"},
+        {"schedule__optimizer_state": "keep"},
+        {"chain__method": ["relora", "pissa"], "schedule__optimizer_state": "prune-random", "schedule__prune": 0.5},
+        {"chain__method": "periodic-lora"},
+    ],
+    ids=["reset", "keep", "relora-pissa", "periodic"],
+)
 def test_interrupted_and_resumed_at_each_step(
-    worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path, policy: str
+    worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path, chosen: dict[str, Any]
 ) -> None:
-    """The optimizer-state policy survives a kill between sealing a link and opening the next."""
-    keys = {"schedule__optimizer_state": policy, "schedule__links": 2, "schedule__steps": 4}
+    """The optimizer-state policy, and a start taken out of the weights, survive a kill anywhere around a knot."""
+    keys = {**chosen, "schedule__links": 2, "schedule__steps": 4}
     whole = worker(config_file(out=str(tmp_path / "whole"), **keys))
     assert whole["code"] == 0
     for n in range(20, whole["operations"], 7):
