@@ -20,6 +20,7 @@ from torch import nn
 from . import store
 from .bases import Base, choose_base
 from .errors import UserError
+from .grouping import Grouping
 from .identity import base_identity, fingerprint
 from .layer import LoRALinear, factor_dtype
 from .link import SealedLink, derive_seed, folder_name, initial_factors, summarise
@@ -106,7 +107,8 @@ class Chain:
         self._recorded: dict[str, Any] | None = None  # chain.json as last written
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self._targets = short_targets(model, modules)
-        self.layers = _wrap_all(modules)
+        self.grouping = Grouping()
+        self.layers = _wrap_all(modules, self.grouping)
         self._were_trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
 
@@ -228,7 +230,10 @@ class Chain:
         (folder / "state").mkdir(exist_ok=True)
         factors = {name: tuple(f) for name, f in self.open_factors().items()}
         index = None if self.open_link is None else self.open_link.index
-        state = {"links": len(self.links), "open": index, "factors": factors, "extra": dict(extra or {})}
+        groups = self.grouping.names(self.layers)
+        state = {
+            "links": len(self.links), "open": index, "factors": factors, "groups": groups, "extra": dict(extra or {})
+        }  # fmt: skip
         store.save_tensors(folder / "state" / f"{number:08d}.pt", state)
         for old in states[: -(STATES_KEPT - 1)]:
             old.unlink(missing_ok=True)
@@ -337,6 +342,7 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     chain.replay(len(sealed) if links is None else links)
     if state is not None and state["open"] == len(chain.links):
         chain.open_with({name: Factors(*f) for name, f in state["factors"].items()})
+        chain.grouping.restore(state.get("groups", ()), chain.layers)
     return chain
 
 
@@ -370,12 +376,12 @@ def _state_files(folder: Path) -> list[Path]:
     return sorted((folder / "state").glob("[0-9]*.pt"))
 
 
-def _wrap_all(modules: Mapping[str, nn.Linear]) -> dict[str, LoRALinear]:
+def _wrap_all(modules: Mapping[str, nn.Linear], grouping: Grouping) -> dict[str, LoRALinear]:
     """All or none."""
     done: dict[str, LoRALinear] = {}
     try:
         for name, module in modules.items():
-            done[name] = LoRALinear.from_linear(module, name)
+            done[name] = LoRALinear.from_linear(module, name, grouping)
     except UserError:
         for layer in done.values():
             layer.to_linear()
