@@ -22,6 +22,7 @@ from torch import nn
 from . import store
 from .bases import Base, choose_base
 from .errors import UserError
+from .grouping import Grouping
 from .identity import base_identity, fingerprint
 from .layer import LoRALinear
 from .link import SealedLink, derive_seed, folder_name, summarise
@@ -99,7 +100,8 @@ class Chain:
         self.folder: Path | None = None
         self._recorded: dict[str, Any] | None = None  # chain.json as last written
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
-        self.layers = _wrap_all(modules)
+        self.grouping = Grouping()
+        self.layers = _wrap_all(modules, self.grouping)
         self._were_trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
 
@@ -266,6 +268,7 @@ class Chain:
             "open": index,
             "factors": factors,
             "starts": {name: tuple(f) for name, f in starts.items()},
+            "groups": self.grouping.names(self.layers),
             "extra": dict(extra or {}),
         }
         store.save_tensors(folder / "state" / f"{number:08d}.pt", state)
@@ -383,15 +386,16 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
             {name: Factors(*f) for name, f in state.get(key, {}).items()} for key in ("factors", "starts")
         )
         chain.open_with(opened, starts)
+        chain.grouping.restore(state.get("groups", ()), chain.layers)
     return chain
 
 
-def _wrap_all(modules: Mapping[str, nn.Linear]) -> dict[str, LoRALinear]:
+def _wrap_all(modules: Mapping[str, nn.Linear], grouping: Grouping) -> dict[str, LoRALinear]:
     """All or none."""
     done: dict[str, LoRALinear] = {}
     try:
         for name, module in modules.items():
-            done[name] = LoRALinear.from_linear(module, name)
+            done[name] = LoRALinear.from_linear(module, name, grouping)
     except UserError:
         for layer in done.values():
             layer.to_linear()

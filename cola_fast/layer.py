@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_kernels import lora_linear
-
 from .errors import UserError
+from .grouping import Grouping, Operands
 
 
 class LoRALinear(nn.Linear):
     """`y = x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ + bias`: W [N, K] and bias frozen, lora_A [R, K] and lora_B [N, R] trained.
 
-    Between `close` and `open` there is no link and it is the plain linear. Dropout acts in training mode only.
+    Between `close` and `open` there is no link and it is the plain linear. Dropout acts in training mode only. Layers
+    of one `grouping` that read the same x run as one op and share a dropout mask, see `cola_fast.grouping`.
     """
 
     lora_A: nn.Parameter | None
@@ -28,9 +28,12 @@ class LoRALinear(nn.Linear):
     scale: float
     dropout: float
     folded: int  # sealed links already folded into `weight`; makes folding idempotent
+    grouping: Grouping
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, name: str = "the module") -> LoRALinear:
+    def from_linear(
+        cls, linear: nn.Linear, name: str = "the module", grouping: Grouping | None = None
+    ) -> LoRALinear:
         """Turn `linear` into a LoRALinear, in place. Raises UserError for anything but a plain `nn.Linear`."""
         if isinstance(linear, cls):
             raise UserError(f"{name} already belongs to a chain: call chain.detach() before attaching another.")
@@ -50,12 +53,13 @@ class LoRALinear(nn.Linear):
         layer.register_parameter("lora_B", None)
         layer.scale = layer.dropout = 0.0
         layer.folded = 0
+        layer.grouping = grouping or Grouping()
         return layer
 
     def to_linear(self) -> nn.Linear:
         """Back to the plain linear, with whatever has been folded into its weight."""
         self.close()
-        del self._parameters["lora_A"], self._parameters["lora_B"], self.scale, self.dropout, self.folded
+        del self._parameters["lora_A"], self._parameters["lora_B"], self.scale, self.dropout, self.folded, self.grouping
         linear = cast(nn.Linear, self)
         linear.__class__ = nn.Linear
         return linear
@@ -65,15 +69,24 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(a.to(self.weight.device))
         self.lora_B = nn.Parameter(b.to(self.weight.device))
         self.scale, self.dropout = scale, dropout
+        self.grouping.forget(self)
 
     def close(self) -> None:
         self.lora_A = self.lora_B = None
+        self.grouping.forget(self)
+
+    def operands(self) -> Operands | None:
+        """Of the op this layer is; None without an open link."""
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        dropout = self.dropout if self.training else 0.0
+        return Operands(self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.lora_A is None or self.lora_B is None:
+        operands = self.operands()
+        if operands is None:
             return F.linear(input, self.weight, self.bias)
-        dropout = self.dropout if self.training else 0.0
-        return lora_linear(input, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout=dropout)
+        return self.grouping(self, operands, input)
 
     def extra_repr(self) -> str:
         rank = "no open link" if self.lora_A is None else f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
