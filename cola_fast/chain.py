@@ -76,7 +76,7 @@ def attach(
     pattern = dict(rank_pattern) if rank_pattern else None
     settings = Settings(r, float(alpha), dropout, seed, pattern, init, scaling, frozen, share, carry)
     settings.validate()
-    kind = choose_base(base, rounding)
+    kind = choose_base(base, rounding, modules.values())
     assign_ranks({n: (m.out_features, m.in_features) for n, m in modules.items()}, first_rank or r, rank_pattern)
     chain = Chain(model, modules, kind, settings, base_identity(model))
     chain.extend(first_rank)
@@ -211,7 +211,7 @@ class Chain:
     def detach(self, *, discard: bool = False) -> nn.Module:
         """Give the model its plain linears back. Tied links stay in the weights; the chain is done.
 
-        Raises UserError if that would lose a trained open link; `discard=True` says it may go.
+        Raises UserError if that would lose a trained open link, or a ledger; `discard=True` says it may go.
         """
         starts = self.open_link.starts if self.open_link is not None else {}
         trained = any(
@@ -223,6 +223,11 @@ class Chain:
         if trained and not discard:
             raise UserError(
                 "The open link has been trained and would be lost: call tie() first, or detach(discard=True)."
+            )
+        if any(layer.ledger_A is not None for layer in self.layers.values()) and not discard:
+            raise UserError(
+                "This chain keeps its links beside the weights (base: ledger), so detaching would lose them: use "
+                "export_merged or export_adapter, or detach(discard=True)."
             )
         for name, start in starts.items():
             self._take_out(len(self.links), name, start)  # put back
@@ -281,11 +286,15 @@ class Chain:
 
         return export_adapter(self, Path(folder))
 
-    def export_merged(self, folder: str | Path, tokenizer: Any = None) -> Path:
-        """The model with every link in its weights, as a plain transformers checkpoint (safetensors)."""
+    def export_merged(self, folder: str | Path, tokenizer: Any = None, *, onto: nn.Module | None = None) -> Path:
+        """The model with every link in its weights, as a plain transformers checkpoint (safetensors), never quantised.
+
+        onto: the 16-bit model that a 4-bit base was quantised from, to fold the links into that, as trained; it is
+            changed. Better weights than the dequantised base, but not those the links were trained on.
+        """
         from .export import export_merged
 
-        return export_merged(self, Path(folder), tokenizer)
+        return export_merged(self, Path(folder), tokenizer, onto)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -376,8 +385,9 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     state = load_state(folder) if links is None else None
     pattern = "|".join(re.escape(name) for name in record["modules"])
     settings = Settings(**{f.name: record[f.name] for f in fields(Settings) if f.name in record})
-    base = choose_base(record["base_kind"], record["rounding"])
-    chain = Chain(model, select_modules(model, pattern), base, settings, record["base"])
+    modules = select_modules(model, pattern)
+    base = choose_base(record["base_kind"], record["rounding"], modules.values())
+    chain = Chain(model, modules, base, settings, record["base"])
     chain.folder = folder
     chain.waiting, chain._recorded = sealed, record
     chain.replay(len(sealed) if links is None else links)

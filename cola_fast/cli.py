@@ -135,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--out", metavar="FOLDER", help="where to write it (default: RUN/export/adapter or RUN/export/merged)"
     )
+    export.add_argument(
+        "--onto",
+        choices=("base", "original"),
+        default="base",
+        help="of a merged export from a 4-bit chain: onto the base it was trained on, dequantised, which keeps what was "
+        "evaluated; or onto the original 16-bit weights, which are better but which no link has seen (default: base)",
+    )
     export.add_argument("--best", action="store_true", help="export the best checkpoint instead of the last")
     export.set_defaults(run=_export)
 
@@ -203,7 +210,7 @@ def _export(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from .report import export_run
 
-    print(export_run(options.folder, options.to, out=options.out, best=options.best))
+    print(export_run(options.folder, options.to, out=options.out, best=options.best, onto=options.onto))
     return 0
 
 

@@ -26,6 +26,7 @@ from .methods import SLOTS, preset
 class ModelConfig:
     name: str = ""  # a folder, or a name on the Hugging Face hub
     revision: str | None = None
+    load_in_4bit: bool = False  # quantise the linear layers to NF4 with double quantisation, as QLoRA does
     gguf_file: str | None = None  # a GGUF file inside that folder or repository
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device multiplies it natively, else fp32
     device: str = "auto"  # auto, cpu, cuda, cuda:1
@@ -74,8 +75,8 @@ class ChainConfig:
     carry: float = 0.0  # init: carry: the share of a link that the next one starts from
     frozen: Literal["a", "b"] | None = None  # the factor that is not trained
     share: float = 1.0  # of the blocks, drawn anew for each link, that it covers
-    base: Literal["auto", "dense"] = "auto"
-    rounding: Literal["auto", "nearest", "stochastic"] = "auto"  # how a tie rounds into 16-bit weights
+    base: Literal["auto", "dense", "nf4", "ledger"] = "auto"  # where tied links live: in the weights, or beside them
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto"  # how a tie rounds into 16-bit or 4-bit weights
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class TrainConfig:
     accumulation: int = 1  # forward passes per optimizer step
     packing: bool = False  # concatenate sequences into rows of max_length, attention kept block-diagonal
     group_by_length: bool = True
-    optimizer: str = "adamw"  # adamw, adam (weight_decay is then an L2 penalty)
+    optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw, paged-adamw-8bit
     gradient: str | None = None  # change A's and B's gradients: lora-pro
     lr_ratio: float = 1.0  # learning rate of B over that of A
     weight_decay: float = 0.0
@@ -213,6 +214,10 @@ def validate(config: Config) -> None:
         c.share == 1 or s.optimizer_state == "reset",
         f"schedule.optimizer_state is {s.optimizer_state}, but with chain.share below 1 links cover different modules: "
         "set it to reset.",
+    )
+    _require(
+        not (s.optimizer_state.startswith("prune") and t.optimizer not in ("adamw", "adam")),
+        f"schedule.optimizer_state is {s.optimizer_state}, which prunes PyTorch's moments: use train.optimizer adamw.",
     )
     sentence = f"chain.ranks is {c.ranks}, which decides the rank of every module: leave schedule.ranks out."
     _require(c.ranks == "uniform" or s.ranks is None, sentence)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from cola_kernels import merge_
+from cola_kernels import merge_, nf4_dequantize
 
 from . import peft_format, store
 from .errors import UserError
+from .layer import is_nf4
 from .peft_format import Factors
 
 if TYPE_CHECKING:
@@ -38,25 +41,82 @@ def concatenate(factors: list[Factors]) -> Factors:
     return Factors(a, b, alpha=float(a.shape[0]))
 
 
-def export_merged(chain: Chain, folder: Path, tokenizer: Any = None) -> Path:
-    """Only the modules of a still open link are copied, to have it folded into the copy; the model is not touched."""
+def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Module | None = None) -> Path:
+    """What is written is dense. Only modules of a still open link, of a ledger or of 4-bit weights are copied for it;
+    the chain's model is not touched, `onto` is changed."""
     _refuse_existing(folder)
-    state = {k: v for k, v in chain.model.state_dict().items() if not k.endswith((".lora_A", ".lora_B"))}
-    for name, f in chain.live_factors().items():
-        weight = state[f"{name}.weight"].cpu().clone()
-        merge_(weight, f.a, f.b, f.scale, rounding=chain.base.rounding)
-        state[f"{name}.weight"] = weight
-    _save_atomically(chain, folder, state, tokenizer)
+    if onto is None:
+        _save_atomically(chain.model, folder, _merged_state(chain), tokenizer)
+    else:
+        _fold_into(onto, chain)
+        _save_atomically(onto, folder, onto.state_dict(), tokenizer)
     return folder
 
 
-def _save_atomically(chain: Chain, folder: Path, state: Mapping[str, Any], tokenizer: Any) -> None:
+def _merged_state(chain: Chain) -> dict[str, Tensor]:
+    """The model's state as it is now, every link in its weights, 4-bit weights dequantised."""
+    state: dict[str, Tensor] = chain.model.state_dict()
+    state = {key: value for key, value in state.items() if not key.endswith((".lora_A", ".lora_B"))}
+    for name, module in chain.model.named_modules():
+        if isinstance(module, nn.Linear) and is_nf4(module) and name not in chain.layers:
+            own: Any = module.weight
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.weight.")}
+            state[f"{name}.weight"] = nf4_dequantize(own, own.quant_state.dtype)
+    factors = chain.live_factors()
+    for name, layer in chain.layers.items():
+        weight = layer.dense_weight().cpu()
+        if name in factors:
+            f = factors[name]
+            merge_(weight := weight.clone(), f.a, f.b, f.scale, rounding=_rounding(chain))
+        state[f"{name}.weight"] = weight
+    return state
+
+
+def _fold_into(model: nn.Module, chain: Chain) -> None:
+    """Every link, as it was trained, into the linears of the same names."""
+    modules = dict(model.named_modules())
+    shapes = {name: tuple(getattr(modules.get(name), "weight", torch.empty(0)).shape) for name in chain.layers}
+    for name, layer in chain.layers.items():
+        if shapes[name] != (layer.out_features, layer.in_features):
+            raise UserError(
+                f"The links cannot go onto this model: {name} is {shapes[name] or 'missing'} there, but "
+                f"{(layer.out_features, layer.in_features)} in the chain: give the model it was quantised from."
+            )
+    for link in [*(link.factors() for link in chain.links), chain.open_factors()]:
+        for name, f in link.items():
+            weight = modules[name].weight
+            assert isinstance(weight, Tensor)
+            merge_(weight.data, *(t.to(weight.device) for t in (f.a, f.b)), f.scale, rounding=_rounding(chain))
+
+
+def _rounding(chain: Chain) -> str:
+    return "nearest" if chain.base.rounding == "nearest" else "stochastic"
+
+
+@contextmanager
+def _as_dense(model: Any) -> Iterator[None]:
+    """transformers refuses to save a quantised model's weights as anything else."""
+    kept = {key: vars(model)[key] for key in ("hf_quantizer", "is_quantized") if key in vars(model)}
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        yield
+        return
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+    try:
+        yield
+    finally:
+        model.config.quantization_config = config
+        vars(model).update(kept)
+
+
+def _save_atomically(model: Any, folder: Path, state: Mapping[str, Any], tokenizer: Any) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        model: Any = chain.model
-        model.save_pretrained(temporary, state_dict=state)
+        with _as_dense(model):
+            model.save_pretrained(temporary, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if folder.exists():

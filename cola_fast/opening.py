@@ -72,7 +72,7 @@ def first_factors(
     alpha = settings.alpha_for(rank)
     generator = torch.Generator().manual_seed(derive_seed(settings.seed, "init", index, name))
     site = Site(
-        weight=layer.weight,
+        weight=layer.dense_weight(),
         rank=rank,
         scale=alpha / rank,
         frozen=settings.frozen,

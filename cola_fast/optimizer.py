@@ -31,5 +31,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def load_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
     """State by parameter index. Moments of factors whose shape has changed (a link of another rank) start afresh."""
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
-    kept = {i: s for i, s in state.items() if s["exp_avg"].shape == shapes[i]}
+    kept = {i: s for i, s in state.items() if _first_moment(s).shape == shapes[i]}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
+
+
+def _first_moment(state: dict[str, Any]) -> torch.Tensor:
+    """PyTorch's name for it, or bitsandbytes', which keeps what is quantised a level deeper."""
+    moment: torch.Tensor = state.get("__bnb_optimizer_quant_state__", state).get("state1", state.get("exp_avg"))
+    return moment

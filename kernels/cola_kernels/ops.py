@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backend, nf4_fold, reference
+from . import autograd, backend, nf4, nf4_fold, reference
 from .nf4 import NF4
 from .reference import FoldReport
 
@@ -173,6 +173,23 @@ def merge_(
         with torch.cuda.device_of(weight):
             return triton_merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
     return reference.merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
+
+
+def nf4_dequantize(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of an NF4 weight of bitsandbytes: a new `[N, K]` in `dtype`, rounded once from fp32.
+
+    Raises:
+        ValueError: a weight that is not NF4, or was repacked for the CPU (`unpack_nf4_`).
+    """
+    view = nf4.read(weight)
+    out = torch.empty(view.shape, dtype=dtype, device=weight.device)
+    if backend.use_triton(out):
+        from .dequantize import launch_dequantize
+
+        with torch.cuda.device_of(out):
+            launch_dequantize(*view[:5], *view.layout, out)
+        return out
+    return nf4.dequantize(view, out)
 
 
 def nf4_merge_(

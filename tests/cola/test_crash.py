@@ -118,6 +118,23 @@ def test_interrupted_and_resumed_at_each_step(
         assert sealed(run) == sealed(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("base", ["nf4", "ledger"])
+def test_killed_on_a_4_bit_base(
+    worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], wide_folder: Path, tmp_path: Path, base: str
+) -> None:
+    """Amid a fold, too. The second link is trained on the codes that the first one's fold left: equal hashes say that
+    those are equal."""
+    keys = {"model__name": str(wide_folder), "model__load_in_4bit": True, "chain__base": base, "schedule__links": 2}
+    whole = worker(config_file(out=str(tmp_path / "whole"), schedule__steps=4, **keys))
+    assert whole["code"] == 0
+    for n in range(20, whole["operations"], 5):
+        run = tmp_path / f"killed-{n}"
+        config = config_file(out=str(run))
+        assert worker(config, kill_at_operation=n)["killed"]
+        finish(worker, config)
+        assert sealed(run) == sealed(tmp_path / "whole")
+
+
 def test_a_finished_run_is_left_alone(
     worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path
 ) -> None:
