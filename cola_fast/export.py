@@ -86,7 +86,8 @@ def _fold_into(model: nn.Module, chain: Chain) -> None:
         for name, f in link.items():
             weight = modules[name].weight
             assert isinstance(weight, Tensor)
-            merge_(weight.data, *(t.to(weight.device) for t in (f.a, f.b)), f.scale, rounding=_rounding(chain))
+            a, b = f.a.to(weight.device), f.b.to(weight.device)
+            merge_(weight.data, a, b, f.scale, rounding=_rounding(chain))
 
 
 def _rounding(chain: Chain) -> str:

@@ -42,8 +42,9 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
         samples.append(_samples(parameter.detach()))
-        if getattr(parameter, "quant_state", None) is not None:  # 4-bit codes mean nothing without their scales
-            samples.append(_samples(parameter.quant_state.absmax))
+        state: Any = getattr(parameter, "quant_state", None)
+        if state is not None:  # 4-bit codes mean nothing without their scales
+            samples.append(_samples(state.absmax))
     if samples and not any(s.is_meta for s in samples):  # on the meta device there are shapes only
         digest.update(torch.cat([s.cpu() for s in samples]).numpy().tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Chains on 4-bit weights, in place and with a ledger; ledgers on dense ones. The 4-bit weights are bitsandbytes' own."""
+"""Chains on 4-bit weights of bitsandbytes, in place and with a ledger; ledgers on dense ones."""
 
 from __future__ import annotations
 
