@@ -32,6 +32,7 @@ class Entry:
 SUITES = {
     "demo": Entry("What does the demo reach, and how long does it take?", "benchmarks.demo"),
     "gelora": Entry("How does the intrinsic dimension change with depth, and which ranks follow?", "benchmarks.gelora"),
+    "knot": Entry("What does a knot cost, and what does it keep, in 16 and in 4 bits?", "benchmarks.knot"),
     "step_time": Entry(
         "How long do a LoRA linear and a whole training step take, beside PEFT and transformers' Trainer?",
         "benchmarks.step_time",
