@@ -56,13 +56,21 @@ def check_merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, rounding: str) -
 
 
 def check_nf4_merge(
-    weight: NF4, lora_a: Tensor, lora_b: Tensor, rounding: str, second_moment: Tensor | None, held_out: Tensor | None
+    weight: NF4,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rounding: str,
+    second_moment: Tensor | None,
+    held_out: Tensor | None,
+    carry_rank: int,
 ) -> None:
     check_factors(weight, lora_a, lora_b)
     if rounding not in NF4_ROUNDINGS:
         raise ValueError(f"rounding is {rounding!r}, but it must be one of {', '.join(NF4_ROUNDINGS)}.")
-    if rounding == "activation" and second_moment is None:
-        raise ValueError("rounding is 'activation', but second_moment is None: give the mean of x xᵀ over some inputs.")
+    if second_moment is None and (rounding == "activation" or carry_rank):
+        raise ValueError(
+            "second_moment is None, but activation rounding and carries need the mean of x xᵀ over inputs."
+        )
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
         if not bool(factor.isfinite().all()):
             raise ValueError(f"{name} is not finite: there is no update to fold.")

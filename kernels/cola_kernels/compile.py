@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import backend, dequantize, matmul, merge, nf4_merge, skinny
+from . import backend, dequantize, matmul, merge, nf4_fold, nf4_merge, skinny
 from .tuning import Config, Shape, rank_block
 
 KIB = 1024
@@ -146,7 +146,7 @@ def _nf4_cases() -> Iterator[Case]:
             constants = {**scales, "BLOCKS": nf4_merge.CONFIG["BK"] // 64, "STOCHASTIC": stochastic}
             constants |= {"stride_ak": 1, "stride_br": 1} | ({} if stochastic else {"p_seed": None})
             yield Case(nf4_merge._merge_kernel, "nf4_codes", "fp32", types, constants, nf4_merge.CONFIG, True)
-    config = {"BK": nf4_merge.BLOCK_COLUMNS, **nf4_merge.BLOCK_CONFIG}
+    config = {"BK": nf4_fold.BLOCK_COLUMNS, **nf4_merge.BLOCK_CONFIG}
     yield Case(nf4_merge._round_block_kernel, "nf4_block", "fp32", {"p_codes": "*u8"}, {}, config, True)
 
 

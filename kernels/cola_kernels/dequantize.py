@@ -17,7 +17,7 @@ from .tuning import Config
 
 # Memory-bound: 4096 elements a program, in whole blocks. `enable_fp_fusion` is off for the sake of the bits.
 ELEMENTS = 4096
-CONFIG: Config = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": 0}
+CONFIG: Config = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
 @triton.jit

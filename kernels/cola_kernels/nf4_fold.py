@@ -7,14 +7,17 @@ nearest     keeps next to nothing of an update that is smaller than half a step 
 stochastic  takes the level above with probability (y - below) / (above - below): keeps all of it in expectation.
 activation  rounds column by column, and moves the error of each, as the inputs see it, to the columns still to come:
             the recursion of GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-            Transformers", ICLR 2023, algorithm 1), columns of large second moment first.
+            Transformers", ICLR 2023, algorithm 1), columns of large second moment first. Quiet, but it keeps all of an
+            update only where that is not much smaller than a step.
+
+Noise that each element draws for itself does little harm; what is lost of an update systematically, does. So a trained
+link, some hundredths of a step in size, wants stochastic; nf4_carry.py then takes off most of the noise.
 
 This is the specification in plain PyTorch, and the path a CPU takes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,46 +27,11 @@ from torch import Tensor
 from . import nf4
 from .checks import check_nf4_merge
 from .nf4 import LEVELS, NF4
+from .nf4_carry import carry, damped_factor
 from .philox import DRAW_RANGE, as_seed, draws
 from .reference import FoldReport, fold_report
 
 BLOCK_COLUMNS = 128  # of the activation-aware recursion: behind a block, one product updates all columns to come
-
-
-def nf4_merge_(
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    *,
-    rounding: str = "activation",
-    second_moment: Tensor | None = None,
-    tokens: int | None = None,
-    damping: float = 0.01,
-    held_out: Tensor | None = None,
-    seed: int = 0,
-) -> FoldReport:
-    """`weight += scale · B A` in the codes of an NF4 weight; its scales, and its storage, stay as they are.
-
-    nearest and stochastic work tile by tile. activation needs an fp32 copy of this one weight, and K x K in fp64.
-
-    Args:
-        weight: `[N, K]`, a `Params4bit` of bitsandbytes or any tensor with such a `quant_state`.
-        lora_a, lora_b: `[R, K]` and `[N, R]`.
-        rounding: "activation", "nearest" or "stochastic".
-        second_moment: of the inputs, the mean of x xᵀ over tokens, `[K, K]`; for activation only.
-        tokens: how many tokens second_moment is the mean of, to check that they are enough.
-        damping: added to the diagonal of second_moment, as a share of its mean.
-        held_out: a second moment of other inputs, `[K, K]`, in whose metric the fold is reported: an inner product of
-            changes E and D is tr(E H Dᵀ), so that error is that of the layer's output. None: the Frobenius product.
-        seed: of stochastic rounding; the same seed gives the same codes again.
-
-    Raises:
-        ValueError: a weight that is not NF4, or whose rows are not whole blocks; factors that do not fit or are not
-            finite; a second moment that is missing, does not fit, is not finite or not definite; too few tokens for
-            the damping. The weight is then as it was.
-    """
-    return fold(REFERENCE, weight, lora_a, lora_b, scale, rounding, second_moment, tokens, damping, held_out, seed)
 
 
 class Kernels(NamedTuple):
@@ -79,28 +47,35 @@ def fold(
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float,
-    rounding: str,
-    second_moment: Tensor | None,
-    tokens: int | None,
-    damping: float,
-    held_out: Tensor | None,
-    seed: int,
-) -> FoldReport:
-    """`nf4_merge_` on either backend. Nothing is written before everything that can be refused has been checked."""
+    *,
+    rounding: str = "stochastic",
+    seed: int = 0,
+    second_moment: Tensor | None = None,
+    tokens: int | None = None,
+    damping: float = 0.01,
+    held_out: Tensor | None = None,
+    carry_rank: int = 0,
+) -> tuple[FoldReport, tuple[Tensor, Tensor] | None]:
+    """`ops.nf4_merge_` and, with a carry_rank, `ops.nf4_merge_with_carry_`, on either backend.
+
+    Nothing is written before everything that can be refused has been checked.
+    """
     view = nf4.read(weight)
-    check_nf4_merge(view, lora_a, lora_b, rounding, second_moment, held_out)
+    check_nf4_merge(view, lora_a, lora_b, rounding, second_moment, held_out, carry_rank)
     a, b = lora_a.detach().float(), lora_b.detach().float()
     key = as_seed(seed, a.device) if rounding == "stochastic" else None
     with torch.no_grad():
-        if second_moment is not None and rounding == "activation":
+        lower = damped_factor(second_moment, damping, tokens) if second_moment is not None and carry_rank else None
+        if rounding == "activation" and second_moment is not None:
             upper, order = inverse_factor(second_moment, damping, tokens)
             codes = activation_codes(kernels, view, a, b, scale, upper, order)
-        elif held_out is None:
-            return fold_report(*kernels.round_codes_(view, a, b, scale, key))
-        else:  # a copy of the codes: the change is measured between the two
+        elif held_out is None and lower is None:
+            return fold_report(*kernels.round_codes_(view, a, b, scale, key)), None
+        else:  # a copy of the codes: what changed is measured between the two
             codes = view.codes.clone()
             kernels.round_codes_(view._replace(codes=codes), a, b, scale, key)
-        return fold_report(*replace_codes_(view, codes, a, b, scale, held_out))
+        rest = None if lower is None else carry(view, codes, a, b, scale, lower, carry_rank)
+        return fold_report(*replace_codes_(view, codes, a, b, scale, held_out)), rest
 
 
 def round_codes_(view: NF4, a: Tensor, b: Tensor, scale: float, seed: Tensor | None) -> Tensor:
@@ -201,41 +176,10 @@ def round_block(left: Tensor, codes: Tensor, absmax: Tensor, upper: Tensor) -> T
 
 def inverse_factor(second_moment: Tensor, damping: float, tokens: int | None) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the inverse of the damped second moment, fp32 [K, K], computed in fp64; and the
-    order of the columns that it is for, those of large second moment first.
-
-    Raises:
-        ValueError: not positive definite, or fewer tokens than twice its effective dimension tr(H (H + λ)⁻¹): fewer do
-            not determine the directions that the damping λ leaves to the data.
-    """
+    order of the columns that it is for, those of large second moment first. Raises as `damped_factor`."""
     order = second_moment.diagonal().argsort(descending=True, stable=True)
-    moment, k = second_moment[order][:, order].double(), len(order)
-    damp = damping * float(moment.diagonal().mean())
-    moment.diagonal().add_(damp)
-    lower, failed = torch.linalg.cholesky_ex(moment)
-    if int(failed):
-        raise ValueError(f"second_moment is not positive definite with a damping of {damping:g}: give more damping.")
-    inverse = torch.cholesky_inverse(lower)
-    dimension = k - damp * float(inverse.diagonal().sum())
-    if tokens is not None and tokens < 2 * dimension:
-        raise ValueError(
-            f"second_moment is the mean over {tokens} tokens, but with a damping of {damping:g} it takes at least "
-            f"{math.ceil(2 * dimension)}: give more tokens or more damping."
-        )
-    return torch.linalg.cholesky(inverse, upper=True).float().contiguous(), order
+    lower = damped_factor(second_moment[order][:, order], damping, tokens)
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float().contiguous(), order
 
 
 REFERENCE = Kernels(round_codes_, round_block)
-
-
-def carry(residual: Tensor, second_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors A [R, K], B [N, R] whose product is the best fit of residual [N, K] for these inputs.
-
-    It minimises tr((residual - B A) H (residual - B A)ᵀ): the truncated SVD of residual · H^½ (Eckart, Young 1936). A
-    share of 1e-4 of H's mean eigenvalue is added where H has less, so that directions never seen cost something.
-    """
-    values, vectors = torch.linalg.eigh(second_moment.double())
-    root = values.clamp_min(1e-4 * float(values.mean())).sqrt()
-    u, s, vh = torch.linalg.svd(residual.double() @ (vectors * root), full_matrices=False)
-    half = s[:rank].sqrt()
-    a = half[:, None] * vh[:rank] @ (vectors / root).t()
-    return a.to(residual.dtype), (u[:, :rank] * half).to(residual.dtype)

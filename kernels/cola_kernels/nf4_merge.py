@@ -20,8 +20,8 @@ from .tuning import Config
 
 # Run once a link: one configuration each. BR is how much of the rank one step of the product takes. Fused products and
 # sums are off, so that a target on a level stays on it.
-CONFIG: Config = {"BN": 32, "BK": 128, "BR": 16, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": 0}
-BLOCK_CONFIG: Config = {"BN": 16, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": 0}
+CONFIG: Config = {"BN": 16, "BK": 128, "BR": 16, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
+BLOCK_CONFIG: Config = {"BN": 16, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
 @triton.jit

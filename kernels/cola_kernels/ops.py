@@ -198,7 +198,7 @@ def nf4_merge_(
     lora_b: Tensor,
     scale: float,
     *,
-    rounding: str = "activation",
+    rounding: str = "stochastic",
     second_moment: Tensor | None = None,
     tokens: int | None = None,
     damping: float = 0.01,
@@ -207,12 +207,64 @@ def nf4_merge_(
 ) -> FoldReport:
     """`weight += scale · B A` in the codes of an NF4 weight; its scales, and its storage, stay as they are.
 
-    `nf4_fold.nf4_merge_` says what the arguments are; the backend is chosen as for `lora_linear`.
+    nearest and stochastic work tile by tile; with held_out they need a copy of the codes. activation needs a copy of
+    this one weight in fp32 and its codes, and a few K x K matrices in fp64.
+
+    Args:
+        weight: `[N, K]`, a `Params4bit` of bitsandbytes or any tensor with such a `quant_state`.
+        lora_a, lora_b: `[R, K]` and `[N, R]`.
+        rounding: "stochastic", "nearest" or "activation"; nf4_fold.py says what each is good for.
+        second_moment: of the inputs, the mean of x xᵀ over tokens, `[K, K]`; activation needs it.
+        tokens: how many tokens second_moment is the mean of, to check that they are enough.
+        damping: added to the diagonal of second_moment, as a share of its mean.
+        held_out: a second moment of other inputs, `[K, K]`, in whose metric the fold is reported: an inner product of
+            changes E and D is tr(E H Dᵀ), so that error is that of the layer's output. None: the Frobenius product.
+        seed: of stochastic rounding; the same seed gives the same codes again.
+
+    Raises:
+        ValueError: a weight that is not NF4, or whose rows are not whole blocks; factors that do not fit or are not
+            finite; a second moment that is missing, does not fit, is not finite or not definite; too few tokens for
+            the damping. The weight is then as it was.
     """
+    options = {"rounding": rounding, "second_moment": second_moment, "tokens": tokens, "damping": damping}
+    report, _ = _nf4_fold(weight, lora_a, lora_b, scale, **options, held_out=held_out, seed=seed)
+    return report
+
+
+def nf4_merge_with_carry_(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    second_moment: Tensor,
+    rank: int,
+    rounding: str = "stochastic",
+    tokens: int | None = None,
+    damping: float = 0.01,
+    held_out: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[FoldReport, Tensor, Tensor]:
+    """`nf4_merge_`, and factors of what it left over: A `[rank, K]`, B `[N, rank]`, fp32, where the next link starts.
+
+    weight + scale · B A is then as close to what it should be, for inputs of this second moment, as that rank allows.
+    The report is of the weight alone. It needs a copy of the codes, and a few K x K matrices in fp64.
+
+    Args, Raises: as `nf4_merge_`.
+    """
+    options = {"rounding": rounding, "second_moment": second_moment, "tokens": tokens, "damping": damping}
+    if rank < 1 or scale == 0:
+        raise ValueError(f"rank is {rank} and scale {scale}, but a carry takes a rank of at least 1 and a scale not 0.")
+    report, rest = _nf4_fold(weight, lora_a, lora_b, scale, **options, held_out=held_out, seed=seed, carry_rank=rank)
+    assert rest is not None
+    return report, *rest
+
+
+def _nf4_fold(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, **options: Any
+) -> tuple[FoldReport, tuple[Tensor, Tensor] | None]:
     kernels = nf4_fold.REFERENCE
     if backend.use_triton(lora_a):
         from .nf4_merge import TRITON as kernels
     with torch.cuda.device_of(lora_a):
-        return nf4_fold.fold(
-            kernels, weight, lora_a, lora_b, scale, rounding, second_moment, tokens, damping, held_out, seed
-        )
+        return nf4_fold.fold(kernels, weight, lora_a, lora_b, scale, **options)

@@ -222,15 +222,33 @@ def test_needs_little_memory(rounding):
     assert 0 < peak < allowed, f"{peak / (2 * n * k):.1%} of the weight in 16 bits"
 
 
-def test_carry_is_the_best_fit():
-    """What is left has the norm that the truncated SVD leaves, which nothing of that rank can undercut."""
-    moment = activations(64).double()
-    residual = torch.randn(40, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    a, b = cola_kernels.carry(residual, moment, 5)
-    assert (a.shape, b.shape) == ((5, 64), (40, 5))
-    root = torch.linalg.cholesky(moment + 1e-12 * torch.eye(64))
-    left = torch.linalg.matrix_norm((residual - b @ a) @ root)
-    assert float(left) == pytest.approx(float(torch.linalg.svdvals(residual @ root)[5:].norm()), rel=1e-2)
+@pytest.mark.parametrize("rounding", ["stochastic", "activation"])
+def test_the_carry_is_the_best_fit_of_what_is_left(rounding):
+    """What remains after it has the norm that the truncated SVD leaves, which nothing of that rank can undercut."""
+    weight, same = quantise(48, 128), quantise(48, 128)
+    a, b = factors(48, 128, 4)
+    moment = activations(128)
+    before = dequantised(weight).double()
+    options = {"rounding": rounding, "second_moment": moment, "seed": 3}
+    report, next_a, next_b = cola_kernels.nf4_merge_with_carry_(weight, a, b, 0.25, rank=5, **options)
+    assert cola_kernels.nf4_merge_(same, a, b, 0.25, **options) == report
+    assert torch.equal(weight.data, same.data)
+    assert (next_a.shape, next_b.shape) == ((5, 128), (48, 5))
+    residual = before + 0.25 * (b.double() @ a.double()) - dequantised(weight).double()
+    damped = moment.double() + 0.01 * moment.double().diagonal().mean() * torch.eye(128, device=DEVICE)
+    root = torch.linalg.cholesky(damped)
+    left = torch.linalg.matrix_norm((residual - 0.25 * next_b.double() @ next_a.double()) @ root)
+    least = torch.linalg.svdvals(residual @ root)[5:].norm()
+    assert float(left) == pytest.approx(float(least), rel=1e-2)
+    assert float(left) < 0.9 * float(torch.linalg.matrix_norm(residual @ root))
+
+
+def test_a_carry_of_more_rank_than_the_weight_has_is_padded():
+    weight = quantise(3, 64)
+    a, b = factors(3, 64, 2)
+    _, next_a, next_b = cola_kernels.nf4_merge_with_carry_(weight, a, b, 1.0, second_moment=torch.eye(64), rank=8)
+    assert (next_a.shape, next_b.shape) == ((8, 64), (3, 8))
+    assert not next_b[:, 3:].any()
 
 
 def bad_moment(value: float) -> torch.Tensor:
@@ -243,12 +261,12 @@ def bad_moment(value: float) -> torch.Tensor:
     ("options", "message"),
     [
         ({"rounding": "up"}, "rounding is 'up'"),
-        ({}, "second_moment is None"),
-        ({"second_moment": torch.eye(64)}, r"expected \[128, 128\]"),
-        ({"second_moment": bad_moment(float("nan"))}, "second_moment is not finite"),
-        ({"second_moment": -torch.eye(128)}, "not positive definite"),
-        ({"second_moment": torch.zeros(128, 128)}, "not positive definite"),
-        ({"second_moment": torch.eye(128), "tokens": 10}, "10 tokens.* takes at least 254"),
+        ({"rounding": "activation"}, "second_moment is None"),
+        ({"rounding": "activation", "second_moment": torch.eye(64)}, r"expected \[128, 128\]"),
+        ({"rounding": "activation", "second_moment": bad_moment(float("nan"))}, "second_moment is not finite"),
+        ({"rounding": "activation", "second_moment": -torch.eye(128)}, "not positive definite"),
+        ({"rounding": "activation", "second_moment": torch.zeros(128, 128)}, "not positive definite"),
+        ({"rounding": "activation", "second_moment": torch.eye(128), "tokens": 10}, "10 tokens.* takes at least 254"),
         ({"rounding": "nearest", "held_out": bad_moment(float("inf"))}, "held_out is not finite"),
         ({"rounding": "nearest", "lora_a": torch.zeros(2, 64)}, "do not fit"),
         ({"rounding": "nearest", "lora_b": torch.full((8, 2), float("nan"))}, "lora_b is not finite"),
@@ -265,6 +283,20 @@ def test_refuses_and_leaves_the_weight_as_it_was(options, message):
         arguments["weight"] = quantise(8, 128, quant_type="fp4")
     with pytest.raises(ValueError, match=message):
         cola_kernels.nf4_merge_(scale=1.0, **arguments)
+    assert torch.equal(weight.data, before)
+
+
+def test_a_carry_refuses_what_leaves_nothing_to_start_from():
+    weight = quantise(8, 128)
+    before, factors_ = weight.data.clone(), factors(8, 128, 2)
+    for scale, rank, moment, message in (
+        (1.0, 0, torch.eye(128), "rank of at least 1"),
+        (0.0, 2, torch.eye(128), "scale not 0"),
+        (1.0, 2, bad_moment(float("nan")), "not finite"),
+        (1.0, 2, None, "second_moment is None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cola_kernels.nf4_merge_with_carry_(weight, *factors_, scale, second_moment=moment, rank=rank)
     assert torch.equal(weight.data, before)
 
 
@@ -286,7 +318,7 @@ def test_triton_writes_the_codes_of_the_reference(shape, rounding):
     n, k, blocksize, nested = shape
     expected, got = (quantise(n, k, blocksize=blocksize, nested=nested) for _ in range(2))
     a, b = factors(n, k, 24)
-    first = nf4_fold.nf4_merge_(expected, a, b, 0.25, rounding=rounding, seed=-7)
+    first, _ = nf4_fold.fold(nf4_fold.REFERENCE, expected, a, b, 0.25, rounding=rounding, seed=-7)
     second = cola_kernels.nf4_merge_(got, a.t().contiguous().t(), b, 0.25, rounding=rounding, seed=-7)
     assert torch.equal(got.data, expected.data)
     assert second == pytest.approx(first, rel=1e-4)
@@ -299,8 +331,8 @@ def test_triton_rounds_a_block_of_columns_as_the_reference(shape):
     n, k = shape
     a, b = factors(n, k, 4)
     expected, got = quantise(n, k), quantise(n, k)
-    moment = activations(k)
-    nf4_fold.nf4_merge_(expected, a, b, 0.25, second_moment=moment)
-    cola_kernels.nf4_merge_(got, a, b, 0.25, second_moment=moment)
+    options = {"rounding": "activation", "second_moment": activations(k)}
+    nf4_fold.fold(nf4_fold.REFERENCE, expected, a, b, 0.25, **options)
+    cola_kernels.nf4_merge_(got, a, b, 0.25, **options)
     rows = (got.data != expected.data).view(n, -1).any(1)
     assert float(rows.double().mean()) <= 0.05
