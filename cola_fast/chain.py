@@ -300,7 +300,7 @@ class Chain:
 
     def _fold(self, link: SealedLink, *, live: bool = False) -> None:
         """From the sealed bytes, as a replay does, so that both give the same weights. Idempotent by link index.
-        What it kept is measured once, at the tie. live: the link was open, so its start has left the weights already.
+        What it kept is measured once, at the tie, of the last step. live: the link's start has left the weights before.
         """
         reports, steps = {}, link.steps()
         for name, layer in self.layers.items():

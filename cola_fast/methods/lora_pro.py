@@ -15,7 +15,7 @@ register(
         "lora-pro",
         "arXiv 2407.18242",
         "A's and B's gradients replaced by those whose `s·(dB A + B dA)` is nearest to W's gradient; then Adam "
-        "as usual, which the paper applies to that product instead",
+        "as usual, where the authors apply it to that product (unverified)",
         {"train": {"gradient": "lora-pro", "clip": None}},
     )
 )
@@ -23,7 +23,7 @@ register(
 
 @GRADIENT.fill("lora-pro")
 def lora_pro(pairs: Sequence[Pair]) -> None:
-    """The paper's theorem 2.1, in fp64: R x R systems, one Sylvester equation for the X that its proof leaves free."""
+    """LoRA-Pro's closed form, in fp64: R x R systems, one of them a Sylvester equation for the X left free."""
     for a, b, scale in pairs:
         if a.grad is None or b.grad is None:
             continue

@@ -27,7 +27,7 @@ register(
 
 @INIT.fill("pissa")
 def pissa(site: Site) -> tuple[Tensor, Tensor]:
-    """`s · B A = U_R S_R V_Rᵀ`, the square root of S_R to each side (the paper's equations 2 and 3, and PEFT)."""
+    """`s · B A = U_R S_R V_Rᵀ`, the square root of S_R to each side (as in PEFT)."""
     import torch
 
     u, sigma, vt = torch.linalg.svd(_wide(site.weight), full_matrices=False)
