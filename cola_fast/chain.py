@@ -230,7 +230,7 @@ class Chain:
         (folder / "state").mkdir(exist_ok=True)
         factors = {name: tuple(f) for name, f in self.open_factors().items()}
         index = None if self.open_link is None else self.open_link.index
-        groups = self.grouping.names(self.layers)
+        groups = self.grouping.state(self.layers)
         state = {
             "links": len(self.links), "open": index, "factors": factors, "groups": groups, "extra": dict(extra or {})
         }  # fmt: skip

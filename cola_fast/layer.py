@@ -31,9 +31,7 @@ class LoRALinear(nn.Linear):
     grouping: Grouping
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, name: str = "the module", grouping: Grouping | None = None
-    ) -> LoRALinear:
+    def from_linear(cls, linear: nn.Linear, name: str = "the module", grouping: Grouping | None = None) -> LoRALinear:
         """Turn `linear` into a LoRALinear, in place. Raises UserError for anything but a plain `nn.Linear`."""
         if isinstance(linear, cls):
             raise UserError(f"{name} already belongs to a chain: call chain.detach() before attaching another.")
