@@ -1,11 +1,11 @@
 """What does a knot cost, and what does it keep?
 
-**Time**: tying a trained link of SmolLM2-135M into bf16 weights and opening the next, beside PEFT's way: merge_and_unload,
-get_peft_model, a new optimizer.
+**Time**: tying a trained link of SmolLM2-135M into bf16 weights and opening the next, beside PEFT's way:
+merge_and_unload, get_peft_model, a new optimizer.
 
-**Gain kept**: a link trained on the demo's task over NF4 weights is folded into them. The gain is what training took off
-the test loss; kept is the share of it that is left after the knot. PEFT's merge_and_unload of the same link, in the same
-4-bit weights, stands beside it.
+**Gain kept**: a link trained on the demo's task over NF4 weights is folded into them. The gain is what training took
+off the test loss; kept is the share of it that is left after the knot. PEFT's merge_and_unload of the same link, in the
+same 4-bit weights, stands beside it.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _merged_by_peft(config: Config, adapter: Path) -> nn.Module:
     merged: nn.Module = PeftModel.from_pretrained(load_model(config.model), str(adapter)).merge_and_unload()
     for module in merged.modules():  # PEFT makes new layers, which would repack themselves
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return merged
 
 
@@ -168,8 +168,8 @@ def _kept_table(runs: list[Mapping[str, Any]]) -> str:
 
 def _kept_note(runs: list[Mapping[str, Any]]) -> str:
     return (
-        f"SmolLM2-135M in NF4 (double quantisation), one link of rank 8 on all linears, {runs[0]['steps']} steps of the "
-        f"demo's task; one figure a seed ({', '.join(str(r['seed']) for r in runs)})."
+        f"SmolLM2-135M in NF4 (double quantisation), one link of rank 8 on all linears, {runs[0]['steps']} steps of "
+        f"the demo's task; one figure a seed ({', '.join(str(r['seed']) for r in runs)})."
     )
 
 

@@ -273,7 +273,7 @@ class Chain:
             "open": index,
             "factors": factors,
             "starts": {name: tuple(f) for name, f in starts.items()},
-            "groups": self.grouping.names(self.layers),
+            "groups": self.grouping.state(self.layers),
             "extra": dict(extra or {}),
         }
         store.save_tensors(folder / "state" / f"{number:08d}.pt", state)

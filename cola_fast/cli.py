@@ -139,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
         "--onto",
         choices=("base", "original"),
         default="base",
-        help="of a merged export from a 4-bit chain: onto the base it was trained on, dequantised, which keeps what was "
-        "evaluated; or onto the original 16-bit weights, which are better but which no link has seen (default: base)",
+        help="of a merged export from a 4-bit chain: onto the base it was trained on, dequantised, which keeps what "
+        "was evaluated; or onto the original 16-bit weights, better ones that no link has seen (default: base)",
     )
     export.add_argument("--best", action="store_true", help="export the best checkpoint instead of the last")
     export.set_defaults(run=_export)

@@ -1,16 +1,17 @@
-"""Layers that read the same x, run as one op: q, k and v; gate and up.
+"""Layers that read the same x run as one op: q, k and v; gate and up.
 
 The layers of a chain share one `Grouping`. It watches which of them a model calls one after another with the very same
-tensor; from the next forward on, the first of them computes every member's output in one autograd node (one pass over x
+tensor. From the next forward on, the first of them computes every member's output in one autograd node (one pass over x
 for S and for dA, one accumulated dX), and the others hand out theirs when they are called. The model's code is not
-touched, and nothing is assumed of it: an output is handed out only if computing it at that moment would have given the
-same. Whatever differs (another x, or x changed in place; other factors; autocast, grad mode, dropout, stream, the
-checkpointed region) makes a layer run alone, as does torch.compile's tracing, where groups are not used.
+touched, and nothing is assumed of it: an output is handed out only if computing it at that moment would give the same.
+Whatever differs (another x, or x changed in place; other factors; autocast, grad mode, dropout, stream, checkpointed
+region) makes a layer run alone, and a group that wastes an output dissolves. While torch.compile traces, each runs
+alone.
 
-Members share one dropout mask, and so one number drawn from torch's generator; alone, each layer draws its own. What a
-forward has drawn, its recomputation under activation checkpointing must draw again, so a group forms, or dissolves, only
-when no earlier forward waits for its backward pass. Under reentrant checkpointing, which hides that from us, no group
-forms. What a chain has learned of its groups is saved with its open link, and a resumed run goes on alike.
+Members share one dropout mask, from one number drawn from torch's generator; alone, each layer draws its own. What a
+forward has drawn, its recomputation under activation checkpointing must draw again. So a group forms or dissolves only
+when no earlier forward waits for its backward pass; as reentrant checkpointing hides that, no group forms under it.
+What a chain has learned of its groups is saved with the open link, so that a resumed run goes on alike.
 
 Limits: the members' backward is one node, so going backward through them one after the other needs `retain_graph=True`
 even where x is a leaf. A write into x that autograd's version counter does not see (`x.data`) is not seen here either.
@@ -60,15 +61,11 @@ class Grouping:
         """The layer's output for x: handed out, computed together with its group's, or computed alone."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return _alone(own, x)  # inference tensors have no version to tell a change by
-        here, now = self._thread, _Moment.of(x)
-        waiting, here.waiting = here.waiting, None
-        last, here.last = here.last, None
-        if waiting is not None:
-            y = waiting.hand_out(layer, own, x, now)
-            if y is not None:
-                here.waiting = waiting if waiting.outputs else None
-                return y
-            waiting.group.wasted(waiting.moment)
+        now = _Moment.of(x)
+        last, self._thread.last = self._thread.last, None
+        y = self._hand_out(layer, own, x, now)
+        if y is not None:
+            return y
         group = self._groups.get(layer)
         if group is not None and group.leader is layer and group.is_together(now, own.dropout):
             members = group.operands(own)
@@ -77,7 +74,7 @@ class Grouping:
         y = _alone(own, x)
         if now.grad and y.grad_fn is not None:
             if group is None:
-                here.last = self._learn(layer, x, now, y.grad_fn, last)
+                self._thread.last = self._learn(layer, x, now, y.grad_fn, last)
             elif group.leader is layer:
                 group.runs(y.grad_fn, now)
         return y
@@ -87,22 +84,32 @@ class Grouping:
         self._groups.pop(layer, None)
         self._thread.waiting = self._thread.last = None
 
-    def names(self, layers: Mapping[str, nn.Module]) -> list[list[str]]:
-        """The groups, by their members' names; a layer known to run alone is a group of one."""
+    def state(self, layers: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
+        """What has been learned, by the layers' names; for `restore`."""
         names = {layer: name for name, layer in layers.items()}
-        groups: list[list[str]] = []
-        for group in dict.fromkeys(self._groups.values()):
-            members = [names[member] for member in group.members() if member in names]
-            groups += [members] if group.wanted else [[name] for name in members]
-        return groups
+        return [
+            {"members": [names[m] for m in group.members()], "wanted": group.wanted, "together": group.together}
+            for group in dict.fromkeys(self._groups[layer] for layer in names if layer in self._groups)
+        ]
 
-    def restore(self, groups: Sequence[Sequence[str]], layers: Mapping[str, nn.Module]) -> None:
-        """Know the groups that `names` gave."""
-        for names in groups:
-            members = [layers[name] for name in names]
-            group = _Group([ref(member) for member in members])
-            group.wanted = group.together = len(members) > 1
-            self._groups.update((member, group) for member in members)
+    def restore(self, state: Sequence[Mapping[str, Any]], layers: Mapping[str, nn.Module]) -> None:
+        for entry in state:
+            members = [layers[name] for name in entry["members"]]
+            group = _Group([ref(m) for m in members], entry["wanted"], entry["together"])
+            self._groups.update((m, group) for m in members)
+
+    def _hand_out(self, layer: nn.Module, own: Operands, x: Tensor, now: _Moment) -> Tensor | None:
+        """The layer's waiting output, if it is for this call. If it is not, none of them waits any longer."""
+        waiting, self._thread.waiting = self._thread.waiting, None
+        if waiting is None:
+            return None
+        output = waiting.outputs.pop(ref(layer), None)
+        if output is None or x is not waiting.x or now != waiting.moment or _state(own) != output.state:
+            waiting.group.wasted(waiting.moment)
+            return None
+        if waiting.outputs:
+            self._thread.waiting = waiting
+        return output.y
 
     def _together(self, group: _Group, members: Sequence[Operands], x: Tensor, now: _Moment) -> Tensor:
         weights, lora_as, lora_bs, scales, biases, dropouts = zip(*members, strict=True)
@@ -182,10 +189,11 @@ class _Group:
             self.wanted = False
 
     def is_together(self, now: _Moment, dropout: float) -> bool:
-        """Without grad, only a group that draws nothing may dissolve: the call may be reentrant checkpointing's."""
-        if self.wanted != self.together and now.backward == OUTSIDE and (now.grad or (self.together and dropout == 0)):
-            if not any(_unfinished(node()) for node in list(self.nodes)):
-                self.together = self.wanted
+        """Without grad no group forms, and only one that draws nothing dissolves: it may be reentrant checkpointing."""
+        change = self.wanted != self.together and now.backward == OUTSIDE
+        change = change and (now.grad or (self.together and dropout == 0))
+        if change and not any(_unfinished(node()) for node in list(self.nodes)):
+            self.together = self.wanted
         return self.together
 
     def operands(self, own: Operands) -> list[Operands] | None:
@@ -209,12 +217,6 @@ class _Waiting:
     x: Tensor
     moment: _Moment
     outputs: dict[ref[nn.Module], _Output]  # weakly: a thread's memory must not keep a model alive
-
-    def hand_out(self, layer: nn.Module, own: Operands, x: Tensor, now: _Moment) -> Tensor | None:
-        output = self.outputs.pop(ref(layer), None)
-        if output is None or x is not self.x or now != self.moment or _state(own) != output.state:
-            return None
-        return output.y
 
 
 class _Output(NamedTuple):

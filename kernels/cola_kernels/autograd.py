@@ -111,26 +111,34 @@ def make_function(ops: Primitives) -> type[Function]:
             for w, b, bias, scale, s_i in zip(weights, lora_bs, biases, scales, _split(s, lora_as), strict=True):
                 bias = None if bias is None else bias.to(dtype)
                 y = ops.seeded_matmul(rows, dense(w, dtype).t(), s_i, b.to(dtype).t(), scale, bias, 0.0, None)  # [M, N]
-                ys.append(y.reshape(*x.shape[:-1], y.shape[-1]))
+                # no view in autograd's eyes: whoever gets it may change it in place, as nn.Linear's output
+                ys.append(torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1])))
             needs = ctx.needs_input_grad[5:]
             needs_a, needs_b = any(needs[count : 2 * count]), any(needs[2 * count : 3 * count])
             kept = (x if needs_a else None, s if needs_b else None, seed)
             ctx.save_for_backward(*kept, *mains, *lora_as, *lora_bs, *others)
             ctx.scales, ctx.dropout, ctx.layouts, ctx.x_shape = scales, dropout, layouts, x.shape
+            if count > 1:
+                ctx.set_materialize_grads(False)  # to tell a member whose output was not used: it gets no gradient
             ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
             return tuple(ys)
 
         @staticmethod
         @once_differentiable
-        def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             scales, dropout, count = ctx.scales, ctx.dropout, len(ctx.scales)
             x, s, seed, *members = ctx.saved_tensors
             mains, lora_as, lora_bs = (members[i * count : (i + 1) * count] for i in range(3))
             others = members[3 * count :]
             weights = nf4.join(mains, others, ctx.layouts)
             needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-            needs_a, needs_b, needs_bias = (needs[i * count : (i + 1) * count] for i in (1, 2, 3))
-            rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # each [M, N]
+            needs_a, needs_b, needs_bias = (
+                [need and dy is not None for need, dy in zip(needs[i * count : (i + 1) * count], dys, strict=True)]
+                for i in (1, 2, 3)
+            )
+            rows = _rows(dys, lora_bs)  # each [M, N]
+            if not rows:
+                return (None,) * (5 + 4 * count + len(others))
             dtype = rows[0].dtype
             dx: Tensor | None = None
             das: Sequence[Tensor | None] = [None] * count
@@ -196,6 +204,18 @@ def apply(
     members = (*mains, *lora_as, *lora_bs, *biases, *others)
     ys: tuple[Tensor, ...] = function.apply(x, mask_seed, tuple(scales), dropout, layouts, *members)
     return ys
+
+
+def _rows(dys: Sequence[Tensor | None], lora_bs: Sequence[Tensor]) -> list[Tensor]:
+    """Each dY as [M, N]: zeros for a member whose output was not used, nothing at all if none was."""
+    used = [dy for dy in dys if dy is not None]
+    if not used:
+        return []
+    rows = used[0].numel() // used[0].shape[-1]
+    return [
+        used[0].new_zeros(rows, len(b)) if dy is None else dy.reshape(-1, dy.shape[-1])
+        for dy, b in zip(dys, lora_bs, strict=True)
+    ]
 
 
 def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
