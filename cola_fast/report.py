@@ -40,7 +40,8 @@ def dry_run(config: Config) -> str:
     percent = f"{need.trained / need.total:.2%}"
     lines = [
         f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {dtype} on {device}",
-        f"link       {len(chain.layers)} layers, {need.trained:,} trainable parameters ({percent})",
+        f"link       {len(chain.pairs())} layers, {need.trained:,} trainable parameters ({percent})",
+        *([] if c.ranks == "uniform" else [f"           at rank {c.r}; {c.ranks} chooses ranks before it trains"]),
         *(f"data       {note}" for note in data.notes),
         f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(feed)} batches an epoch, "
         f"lr {config.schedule.lr:g} {config.schedule.lr_shape}, {config.schedule.lr_span}",

@@ -158,6 +158,19 @@ def test_every_method_learns(name: str, config_file: Callable[..., str], raw_con
     assert result.links == config.load(path).schedule.links
 
 
+@ALL
+def test_a_dry_run_counts_what_will_train(
+    name: str, config_file: Callable[..., str], raw_config: dict[str, Any]
+) -> None:
+    from cola_fast.report import dry_run
+
+    raw_config["chain"] = {"method": name, "targets": "all-linear", "r": 3}
+    made = config.load(config_file(schedule__links=2))
+    chain = chain_of(trainer.load_model(made.model), made)
+    trained = sum(p.numel() for p in chain.parameters())
+    assert f"{len(chain.pairs())} layers, {trained:,} trainable" in dry_run(made)
+
+
 # --- which method is which --------------------------------------------------------------------------------------------
 
 
