@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -25,6 +25,9 @@ from .layer import LoRALinear, factor_dtype
 from .link import SealedLink, derive_seed, folder_name, initial_factors, summarise
 from .peft_format import Factors
 from .targets import assign_ranks, select_modules, short_targets
+
+if TYPE_CHECKING:
+    from .export import ExportedAdapter
 
 FORMAT = 1
 CHAIN_FILE = "chain.json"
@@ -168,7 +171,10 @@ class Chain:
         if self.open_link is None:
             raise UserError("There is no open link to tie: call extend() first.")
         self._require_complete()
-        link = SealedLink.seal(self.open_link.index, self.open_factors(), **self.peft_fields())
+        return self.append(SealedLink.seal(self.open_link.index, self.open_factors(), **self.peft_fields()))
+
+    def append(self, link: SealedLink) -> SealedLink:
+        """Make `link` the last sealed one, in place of the open link."""
         if self.folder is not None:
             link.write(self.folder / folder_name(link.index))
             self._write_record([*self.links, link])
@@ -233,11 +239,17 @@ class Chain:
         for old in states[: -(STATES_KEPT - 1)]:
             old.unlink(missing_ok=True)
 
-    def export_adapter(self, folder: str | Path) -> Path:
-        """The whole chain as one exact PEFT adapter of the summed rank, on the untouched base."""
+    def import_adapter(self, folder: str | Path) -> SealedLink:
+        """Fold the PEFT LoRA adapter in `folder` as the next sealed link, see `cola_fast.adapters.import_adapter`."""
+        from .adapters import import_adapter
+
+        return import_adapter(self, Path(folder))
+
+    def export_adapter(self, folder: str | Path, rank: int | None = None) -> ExportedAdapter:
+        """The whole chain as one PEFT adapter on the untouched base: exact, of the summed rank, or cut to `rank`."""
         from .export import export_adapter
 
-        return export_adapter(self, Path(folder))
+        return export_adapter(self, Path(folder), rank)
 
     def export_merged(self, folder: str | Path, tokenizer: Any = None) -> Path:
         """The model with every link in its weights, as a plain transformers checkpoint (safetensors)."""
@@ -285,10 +297,10 @@ class Chain:
             "dropout": self.settings.dropout,
         }
 
-    def _write_record(self, links: Sequence[SealedLink]) -> None:
-        assert self.folder is not None
+    def record(self, links: Sequence[SealedLink]) -> dict[str, Any]:
+        """What chain.json says of the chain with these links."""
         settings = self.settings
-        record = {
+        return {
             "format": FORMAT,
             "base": self.identity,
             "base_kind": self.base.kind,
@@ -301,6 +313,10 @@ class Chain:
             "modules": {name: list(shape) for name, shape in self._shapes().items()},
             "links": [link.record() for link in links],
         }
+
+    def _write_record(self, links: Sequence[SealedLink]) -> None:
+        assert self.folder is not None
+        record = self.record(links)
         if record != self._recorded:
             store.write_file(self.folder / CHAIN_FILE, store.to_json(record))
             self._recorded = record

@@ -130,7 +130,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def export_run(folder: str | Path, to: str, *, out: str | None = None, best: bool = False) -> str:
+def export_run(
+    folder: str | Path, to: str, *, out: str | None = None, best: bool = False, rank: int | None = None
+) -> str:
     """Rebuild the chain on its base and export it. Returns a sentence saying what is where."""
     from .best import load_best
     from .chain import load_chain, read_record
@@ -139,6 +141,8 @@ def export_run(folder: str | Path, to: str, *, out: str | None = None, best: boo
 
     run = Path(folder)
     read_record(run)
+    if rank is not None and to != "adapter":
+        raise UserError(f"--rank is for --to adapter, but --to is {to}: leave it out.")
     config = load_config(run)
     target = Path(out) if out else run / "export" / to
     if target.exists() and (target.is_file() or any(target.iterdir())):
@@ -147,8 +151,7 @@ def export_run(folder: str | Path, to: str, *, out: str | None = None, best: boo
     chain = load_best(model, run) if best else load_chain(model, run)
     links = len(chain.links) + (chain.open_link is not None)
     if to == "adapter":
-        chain.export_adapter(target)
-        return f"{links} links as one PEFT adapter: {target}"
+        return f"{links} links as one PEFT adapter: {chain.export_adapter(target, rank)}"
     chain.export_merged(target, load_tokenizer(config.model))
     return f"{links} links merged into {config.model.name}: {target}"
 
