@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from . import store
 from .errors import UserError, near
@@ -40,8 +39,9 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
     The adapter may cover fewer modules than the chain: the others get a link of rank 1 that is zero. Ranks, alphas and
     rsLoRA scaling are kept. If the chain has a folder, the link is on disk before the weights change.
 
-    Raises UserError if the open link has been trained, if the adapter covers modules the chain does not, if a shape does
-    not fit, and for what is more than `scale · B A` (DoRA, modules_to_save, biases, ...). The model is then as it was.
+    Raises UserError if the open link has been trained, if the adapter covers modules the chain does not, if a shape
+    does not fit, and for what is more than `scale · B A` (DoRA, modules_to_save, biases, ...). The model is then as it
+    was.
     """
     if any(bool(layer.lora_B.any()) for layer in chain.layers.values() if layer.lora_B is not None):
         raise UserError("The open link has been trained and an import would replace it: call tie() and extend() first.")
@@ -78,7 +78,7 @@ def read_adapter(folder: Path) -> dict[str, Factors]:
     try:
         tensors = safetensors.torch.load((folder / TENSOR_FILE).read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {TENSOR_FILE}: load the adapter in PEFT and save it as safetensors.") from None
+        raise UserError(f"{folder} has no {TENSOR_FILE}: load it in PEFT and save it as safetensors.") from None
     except SafetensorError as error:
         raise UserError(f"{folder / TENSOR_FILE} is damaged ({error}): restore it from a copy.") from None
     factors = {}
@@ -124,9 +124,7 @@ def vllm_notes(factors: Mapping[str, Factors]) -> list[str]:
     largest = max(f.rank for f in factors.values())
     fitting = next((rank for rank in VLLM_RANKS if rank >= largest), None)
     if fitting is None:
-        return [
-            f"vLLM cannot load rank {largest} (at most {VLLM_RANKS[-1]}): export with a rank, or export the merged model"
-        ]
+        return [f"vLLM cannot load rank {largest}, at most {VLLM_RANKS[-1]}: export with a rank, or the merged model"]
     notes = [f"vLLM loads it with --enable-lora --max-lora-rank {fitting}"]
     if len({f.scale for f in factors.values()}) > 1:
         notes.append("vLLM uses one alpha / r for all modules, but the modules' scales differ: export the merged model")

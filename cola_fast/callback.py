@@ -45,7 +45,8 @@ class ChainCallback(TrainerCallback):
         links: how many. None: as the method says.
         method: fills in what is not given here, see `cola_fast.methods`.
         shares: relative length of each link; equal when absent.
-        ranks: rank of each link; the chain's own when absent. Link 0 is open already: attach with `first_rank=ranks[0]`.
+        ranks: rank of each link; the chain's own when absent. The first is open already: attach with
+            `first_rank=ranks[0]`.
         lr_span: "global" leaves the Trainer's learning-rate curve alone; "restart" repeats it for every link.
         optimizer_state: "reset" or "keep" the optimizer's moments at a tie.
 
@@ -100,9 +101,7 @@ class ChainCallback(TrainerCallback):
             )
         self._load_hook.remove()
         self._require_fresh(model)
-        self.schedule = plan(
-            replace(self.config, steps=state.max_steps), rank=self.chain.settings.r, steps_per_epoch=1
-        )
+        self.schedule = plan(replace(self.config, steps=state.max_steps), rank=self.chain.settings.r, steps_per_epoch=1)
         spans = self.schedule.spans
         for span in spans:
             self.chain.ranks(span.rank)
@@ -201,10 +200,13 @@ class ChainCallback(TrainerCallback):
 def swap_parameters(
     optimizer: Any, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], *, keep_state: bool
 ) -> None:
-    """Put the parameters `after` where `before` are in the optimizer's groups, matched by name. After the last tie there
-    is none: the old ones stay, without state, so that the groups keep the sizes a resumed Trainer expects.
+    """Put the parameters `after` where `before` are in the optimizer's groups, matched by name.
 
-    keep_state: the new ones inherit the optimizer's state, where its shapes fit; otherwise theirs is empty, Adam's `step` too.
+    After the last tie there is none: the old ones stay, without state, so that the groups keep the sizes that a resumed
+    Trainer expects.
+
+    keep_state: the new ones inherit the optimizer's state, where its shapes fit; otherwise theirs is empty, Adam's
+    `step` too.
 
     Raises UserError if the optimizer does not hold all of `before`.
     """

@@ -46,10 +46,10 @@ class Fused:
             return False
         if torch.is_autocast_enabled(x.device.type):
             return x.dtype != torch.float64
-        return x.dtype == weight.dtype and (self.cast_input_dtype_enabled or x.dtype == a.dtype)
+        return bool(x.dtype == weight.dtype and (self.cast_input_dtype_enabled or x.dtype == a.dtype))
 
 
-class FusedLinear(Fused, lora.Linear):  # type: ignore[misc]
+class FusedLinear(Fused, lora.Linear):
     """`peft.tuners.lora.Linear` on `cola_kernels.lora_linear`."""
 
 
@@ -57,7 +57,7 @@ class FusedLinear(Fused, lora.Linear):  # type: ignore[misc]
 FUSED: dict[type, type] = {lora.Linear: FusedLinear}
 
 
-def obstacle(layer: nn.Module) -> str | None:
+def obstacle(layer: Any) -> str | None:
     """Why no call of this layer could be fused; None if some can."""
     if type(layer) not in FUSED and not isinstance(layer, Fused):
         return f"PEFT's {type(layer).__name__} layer has no fused form"
@@ -83,7 +83,7 @@ def adapter_obstacle(layer: Any, adapter: str) -> str | None:
     if layer.lora_bias[adapter]:
         return "its adapter has a bias (lora_bias)"
     dropout, a, b = layer.lora_dropout[adapter], layer.lora_A[adapter], layer.lora_B[adapter]
-    if not (_is_plain(dropout, nn.Dropout) and dropout.p < 1 or _is_plain(dropout, nn.Identity)):
+    if not ((_is_plain(dropout, nn.Dropout) and dropout.p < 1) or _is_plain(dropout, nn.Identity)):
         return f"its adapter's dropout is a {type(dropout).__name__}, or has hooks"
     for module in (a, b):
         if not _is_plain(module, nn.Linear) or type(module.weight) not in PLAIN_TENSORS:

@@ -1,4 +1,4 @@
-"""ChainCallback in a real Trainer and a real SFTTrainer: the same links when killed and resumed, and as our trainer makes."""
+"""ChainCallback in a real Trainer and a real SFTTrainer: the same links, killed and resumed or not."""
 
 from __future__ import annotations
 

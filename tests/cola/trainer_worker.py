@@ -1,6 +1,7 @@
 """Trains with transformers' Trainer or TRL's SFTTrainer in child processes, and kills them. Run by test_callback.py.
 
-Everything heavy is imported once; each command, a JSON line on stdin, forks a child. Answers {"killed": bool, "code": n}.
+Everything heavy is imported once; each command, a JSON line on stdin, forks a child.
+Answers {"killed": bool, "code": n}.
 
     {"trainer": "transformers" | "trl", "model": folder, "out": folder, "resume": bool, "kill": "step_end 5" | null}
 
