@@ -31,6 +31,10 @@ class Fused:
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return lora_linear(x, base.weight, a, b, self.scaling[adapter], base.bias, dropout=p)
 
+    def _get_name(self) -> str:
+        """Printed as PEFT prints it, which some code reads."""
+        return next(original.__name__ for original, fused in FUSED.items() if type(self) is fused)
+
     def _lone_adapter(self: Any) -> str | None:
         """The one adapter that acts on this layer, if its state is as simple as that."""
         if self.disable_adapters or self.merged:

@@ -36,8 +36,8 @@ def _then_accelerate(inject: Callable[..., Any]) -> Callable[..., Any]:
         result = inject(self, model, *args, **kwargs)
         try:
             COUNTS["layers replaced"] += len(accelerate_peft(model).replaced)
-        except UserError:  # nothing in this model can be fused
-            COUNTS["models left alone"] += 1
+        except UserError as error:  # nothing in this model can be fused
+            COUNTS[f"models left alone: {str(error).partition(': ')[2].partition(':')[0]}"] += 1
         return result
 
     return wrapped
