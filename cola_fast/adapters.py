@@ -94,7 +94,7 @@ def read_adapter(folder: Path) -> dict[str, Factors]:
             factors[name] = Factors(a, b, _alpha(config, name, a.shape[0]))
     if not factors:
         raise UserError(f"The adapter in {folder} has no LoRA factors.")
-    return factors
+    return dict(sorted(factors.items()))
 
 
 def cut_to_rank(factors: Factors, rank: int) -> tuple[Factors, float]:

@@ -1,4 +1,4 @@
-"""A pytest plugin that makes the drop-in active in PEFT's own tests: `pytest -p tests.peft_plugin PEFT/tests/...`.
+"""A pytest plugin that makes the drop-in active in PEFT's own tests; CONTRIBUTING.md has the command.
 
 Whenever PEFT puts adapters into a model (get_peft_model, from_pretrained, add_adapter, load_adapter, ...), the plugin
 calls `accelerate_peft` on the layers. The summary says how many layers were replaced and how many calls were fused, so
