@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ from .opening import OpenLink, Settings, covered, first_factors, starts_of
 from .peft_format import Factors
 from .record import CHAIN_FILE, FORMAT, load_state, read_record, state_files
 from .targets import assign_ranks, select_modules, short_targets
+
+if TYPE_CHECKING:
+    from .export import ExportedAdapter
 
 STATES_KEPT = 2
 
@@ -152,6 +155,14 @@ class Chain:
         self.open_link = OpenLink(index, ranks, alphas, starts)
         return self.open_link
 
+    def reopen(self, state: Mapping[str, Any]) -> None:
+        """Open the next link as `save` found it."""
+        factors, starts = (
+            {name: Factors(*f) for name, f in state.get(key, {}).items()} for key in ("factors", "starts")
+        )
+        self.open_with(factors, starts)
+        self.grouping.restore(state.get("groups", ()), self.layers)
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The open link's `<module>.lora_A` and `<module>.lora_B`, without the frozen ones."""
         for name, layer in self.layers.items():
@@ -196,6 +207,10 @@ class Chain:
         self._require_complete()
         factors, difference = self.open_factors(), bool(self.open_link.starts)
         link = SealedLink.seal(self.open_link.index, factors, difference=difference, **self.peft_fields(factors))
+        return self.append(link)
+
+    def append(self, link: SealedLink) -> SealedLink:
+        """Make `link` the last sealed one, in place of the open link, whose start has left the weights."""
         if self.folder is not None:
             link.write(self.folder / folder_name(link.index))
             self._write_record([*self.links, link])
@@ -280,11 +295,17 @@ class Chain:
         for old in states[: -(STATES_KEPT - 1)]:
             old.unlink(missing_ok=True)
 
-    def export_adapter(self, folder: str | Path) -> Path:
-        """The whole chain as one exact PEFT adapter of the summed rank, on the untouched base."""
+    def import_adapter(self, folder: str | Path) -> SealedLink:
+        """Fold the PEFT LoRA adapter in `folder` as the next sealed link, see `cola_fast.adapters.import_adapter`."""
+        from .adapters import import_adapter
+
+        return import_adapter(self, Path(folder))
+
+    def export_adapter(self, folder: str | Path, rank: int | None = None) -> ExportedAdapter:
+        """The whole chain as one PEFT adapter on the untouched base: exact, of the summed rank, or cut to `rank`."""
         from .export import export_adapter
 
-        return export_adapter(self, Path(folder))
+        return export_adapter(self, Path(folder), rank)
 
     def export_merged(self, folder: str | Path, tokenizer: Any = None, *, onto: nn.Module | None = None) -> Path:
         """The model with every link in its weights, as a plain transformers checkpoint (safetensors), never quantised.
@@ -345,9 +366,9 @@ class Chain:
             "dropout": self.settings.dropout,
         }
 
-    def _write_record(self, links: Sequence[SealedLink]) -> None:
-        assert self.folder is not None
-        record = {
+    def record(self, links: Sequence[SealedLink]) -> dict[str, Any]:
+        """What chain.json says of the chain with these links."""
+        return {
             "format": FORMAT,
             "base": self.identity,
             "base_kind": self.base.kind,
@@ -356,6 +377,10 @@ class Chain:
             "modules": {name: list(shape) for name, shape in self._shapes().items()},
             "links": [link.record() for link in links],
         }
+
+    def _write_record(self, links: Sequence[SealedLink]) -> None:
+        assert self.folder is not None
+        record = self.record(links)
         if record != self._recorded:
             store.write_file(self.folder / CHAIN_FILE, store.to_json(record))
             self._recorded = record
@@ -392,11 +417,7 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     chain.waiting, chain._recorded = sealed, record
     chain.replay(len(sealed) if links is None else links)
     if state is not None and state["open"] == len(chain.links):
-        opened, starts = (
-            {name: Factors(*f) for name, f in state.get(key, {}).items()} for key in ("factors", "starts")
-        )
-        chain.open_with(opened, starts)
-        chain.grouping.restore(state.get("groups", ()), chain.layers)
+        chain.reopen(state)
     return chain
 
 

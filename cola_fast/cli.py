@@ -54,7 +54,7 @@ EXPORT_HELP = """\
 Write a run's chain for use elsewhere.
 
   --to adapter   one PEFT adapter of the summed rank, exact: base + adapter is the trained model. Small; PEFT, vLLM and
-                 others load it on the untouched base model.
+                 others load it on the untouched base model. --rank R cuts it to rank R by SVD and prints what is lost.
   --to merged    the model itself with every link in its weights, plus tokenizer: loads with transformers alone.
 """
 
@@ -143,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "was evaluated; or onto the original 16-bit weights, better ones that no link has seen (default: base)",
     )
     export.add_argument("--best", action="store_true", help="export the best checkpoint instead of the last")
+    export.add_argument("--rank", type=int, metavar="R", help="cut the adapter to this rank (default: exact)")
     export.set_defaults(run=_export)
 
     ranks = commands.add_parser(
@@ -210,7 +211,9 @@ def _export(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from .report import export_run
 
-    print(export_run(options.folder, options.to, out=options.out, best=options.best, onto=options.onto))
+    print(
+        export_run(options.folder, options.to, out=options.out, best=options.best, onto=options.onto, rank=options.rank)
+    )
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from cola_kernels import merge_, nf4_dequantize
 
 from . import peft_format, store
+from .adapters import cut_to_rank, error_table, vllm_notes
 from .errors import UserError
 from .layer import is_nf4
 from .peft_format import Factors
@@ -22,16 +24,40 @@ if TYPE_CHECKING:
     from .chain import Chain
 
 
-def export_adapter(chain: Chain, folder: Path) -> Path:
-    """`[s1·B1 | s2·B2 | ...]` and `[A1; A2; ...]`: exact, of the summed rank, with scale 1."""
+@dataclass(frozen=True)
+class ExportedAdapter:
+    """Where an adapter was written, and what was lost. Stands for its path; `print` shows the rest."""
+
+    path: Path
+    rank: int  # the largest of its modules'
+    errors: dict[str, float]  # module -> relative error of the update (Frobenius); 0 where it is exact
+    notes: list[str]  # for those who want to serve it
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        exact = not any(self.errors.values())
+        loss = ["exact"] if exact else ["relative error of the update, by kind of module:", *error_table(self.errors)]
+        return "\n".join([f"{self.path}: rank {self.rank}, {loss[0]}", *loss[1:], *self.notes])
+
+
+def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> ExportedAdapter:
+    """`[s1·B1 | s2·B2 | ...]` and `[A1; A2; ...]`: exact, of the summed rank, with scale 1; cut to `rank` by SVD."""
     _refuse_existing(folder)
+    if rank is not None and rank < 1:
+        raise UserError(f"rank is {rank}, but an adapter's rank is at least 1.")
     links = [link.factors() for link in chain.links]
     if chain.open_link is not None:
         links.append(chain.open_factors())
     named = {name: [link[name] for link in links if name in link] for name in chain.layers}
     factors = {name: concatenate(parts) for name, parts in named.items() if parts}
+    errors = dict.fromkeys(factors, 0.0)
+    if rank is not None:
+        for name, f in factors.items():
+            factors[name], errors[name] = cut_to_rank(f, rank)
     store.write_folder(folder, peft_format.encode(factors, **chain.peft_fields(factors)))
-    return folder
+    return ExportedAdapter(folder, max(f.rank for f in factors.values()), errors, vllm_notes(factors))
 
 
 def concatenate(factors: list[Factors]) -> Factors:

@@ -52,6 +52,10 @@ class SealedLink:
         store.write_folder(folder, contents)
         self.folder, self.contents = folder, None
 
+    def detach(self) -> None:
+        """Hold the files, checked, in memory: what happens to the folder no longer matters."""
+        self.contents, self.folder = self._read(), None
+
     def factors(self) -> dict[str, Factors]:
         """Module -> factors on the CPU, checked against the hashes. Raises UserError for a damaged file."""
         return peft_format.decode(self._read())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 class Factors(NamedTuple):
@@ -81,8 +81,8 @@ def encode(
     }
     tensors: dict[str, Tensor] = {}
     for name, f in factors.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = f.a.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = f.b.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = f.a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = f.b.contiguous()
     return {
         CONFIG_FILE: (json.dumps(config, indent=1, sort_keys=True) + "\n").encode(),
         TENSOR_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
@@ -96,7 +96,7 @@ def decode(files: Mapping[str, bytes]) -> dict[str, Factors]:
     factors = {}
     for key, a in tensors.items():
         if key.endswith(".lora_A.weight"):
-            name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+            name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
             alpha = float(config["alpha_pattern"].get(name, config["lora_alpha"]))
-            factors[name] = Factors(a, tensors[f"{_PREFIX}{name}.lora_B.weight"], alpha)
+            factors[name] = Factors(a, tensors[f"{PREFIX}{name}.lora_B.weight"], alpha)
     return dict(sorted(factors.items()))

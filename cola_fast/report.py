@@ -134,10 +134,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def export_run(folder: str | Path, to: str, *, out: str | None = None, best: bool = False, onto: str = "base") -> str:
+def export_run(
+    folder: str | Path,
+    to: str,
+    *,
+    out: str | None = None,
+    best: bool = False,
+    onto: str = "base",
+    rank: int | None = None,
+) -> str:
     """Rebuild the chain on its base and export it. Returns a sentence saying what is where.
 
     onto: "base", the one it was trained on, or "original": the 16-bit weights that a 4-bit base was quantised from.
+    rank: to cut an adapter to.
     """
     from .best import load_best
     from .chain import load_chain
@@ -147,6 +156,8 @@ def export_run(folder: str | Path, to: str, *, out: str | None = None, best: boo
 
     run = Path(folder)
     read_record(run)
+    if rank is not None and to != "adapter":
+        raise UserError(f"--rank is for --to adapter, but --to is {to}: leave it out.")
     config = load_config(run)
     target = Path(out) if out else run / "export" / to
     if target.exists() and (target.is_file() or any(target.iterdir())):
@@ -157,8 +168,7 @@ def export_run(folder: str | Path, to: str, *, out: str | None = None, best: boo
     chain = load_best(model, run) if best else load_chain(model, run)
     links = len(chain.links) + (chain.open_link is not None)
     if to == "adapter":
-        chain.export_adapter(target)
-        return f"{links} links as one PEFT adapter: {target}"
+        return f"{links} links as one PEFT adapter: {chain.export_adapter(target, rank)}"
     original = load_model(replace(config.model, load_in_4bit=False)) if onto == "original" else None
     chain.export_merged(target, load_tokenizer(config.model), onto=original)
     base = ", its 4-bit weights dequantised" if config.model.load_in_4bit and original is None else ""

@@ -191,12 +191,17 @@ def merge_(
             if before is not None:
                 delta = torch.mm(b, a).mul_(scale)
                 change = tile.to(wide) - before.to(wide)
-                along = along + (change * delta).sum(dtype=torch.float64)
-                delta_sq = delta_sq + delta.square().sum(dtype=torch.float64)
-                error_sq = error_sq + change.sub_(delta).square_().sum(dtype=torch.float64)
+                along = along + _inner(change, delta)
+                delta_sq = delta_sq + _inner(delta, delta)
+                error_sq = error_sq + _inner(change.sub_(delta), change)
     if not report:
         return None
     return fold_report(along, delta_sq, error_sq)
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """The Frobenius product of two tiles, without a temporary of their size."""
+    return torch.dot(left.view(-1), right.view(-1)).double()
 
 
 def fold_report(along: Tensor, delta_sq: Tensor, error_sq: Tensor) -> FoldReport:
@@ -213,10 +218,11 @@ def _round_stochastic(value: Tensor, dtype: torch.dtype, seed: Tensor, first_row
     """Round fp32 `[rows, K]` to a neighbour in `dtype`, away from zero with probability distance / spacing.
 
     A draw is added to the bits that `dtype` has no room for, and what is left of them is cut off: the carry is the
-    rounding. Below fp16's smallest normal number, 6.1e-5, the conversion itself rounds to nearest.
+    rounding. Below fp16's smallest normal number, 6.1e-5, the conversion itself rounds to nearest. `value` is
+    overwritten.
     """
     dropped = DROPPED_BITS[dtype]
-    draw = draws(seed, value.shape[0], value.shape[1], first_row=first_row).to(torch.int32) + DRAW_RANGE // 2
-    return (
-        (value.view(torch.int32) + (draw >> 16 - dropped)).bitwise_and_(-(1 << dropped)).view(torch.float32).to(dtype)
-    )
+    draw = draws(seed, value.shape[0], value.shape[1], first_row=first_row)  # less 2**15, which the second sum adds
+    bits = value.view(torch.int32).add_(draw >> 16 - dropped if dropped < 16 else draw)
+    bits.add_(1 << dropped - 1).bitwise_and_(-(1 << dropped))
+    return value.to(dtype)

@@ -76,6 +76,10 @@ def test_the_whole_way(config_file: Callable[..., str], tmp_path: Path, capsys: 
         assert (run / "export" / to / file).exists()
     assert (run / "export" / "merged" / "tokenizer.json").exists()
     before = snapshot(run)
+    cut = cola("export", str(run), "--to", "adapter", "--rank", "2", "--out", str(tmp_path / "cut")).stdout
+    assert "rank 2" in cut
+    assert "q_proj" in cut
+    assert "--rank is for --to adapter" in cola("export", str(run), "--to", "merged", "--rank", "2", check=2).stderr
     assert "already exists" in cola("export", str(run), "--to", "adapter", check=2).stderr
     cola("export", str(run), "--to", "adapter", "--best", "--out", str(tmp_path / "best"))
     again = cola("train", path)
