@@ -86,11 +86,11 @@ def _skinny_cases() -> Iterator[Case]:
     for shape in _shapes(skinny.MAX_RANK_BLOCK):
         dtype = NAMES[shape.dtype]
         common = {**_dropout(shape), "BR": shape.rank, "stride_xk": 1}
-        for i, config in enumerate(filter(None, skinny.project_configs(shape))):
+        for i, config in enumerate(skinny.project_configs(shape)):
             # A is read as it lies; where dS alone is wanted, B is read as its transpose, and nothing is dropped.
             for unit in ("stride_ak",) if shape.dropout else ("stride_ak", "stride_ar"):
                 yield Case(skinny._project_kernel, "project", dtype, {}, {**common, unit: 1}, config, i == 0)
-        for i, strip in enumerate(filter(None, skinny.strip_configs(shape))):
+        for i, strip in enumerate(skinny.strip_configs(shape)):
             config = {k: v for k, v in strip.items() if k != "ROWS"}  # not a constant
             constants = {**common, "stride_dsr": 1}
             types = {"p_da": "*fp32"}
