@@ -1,4 +1,4 @@
-"""What training will need, before it starts: counted on the meta device, where tensors have shapes but no memory."""
+"""What training will need, before it starts: counted on fake tensors, which have shapes but no memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .chain import Chain
 
@@ -18,15 +19,25 @@ class Estimate:
     total: int  # of the base model
     weights: int  # bytes of the frozen base
     link: int  # bytes of the link, its gradient and optimizer state
-    activations: int | None  # bytes kept for backward by one forward pass; None if the model cannot run on meta
+    activations: int | None  # bytes kept for backward by one forward pass; None if the model cannot run without data
+    obstacle: str | None  # why it cannot
 
     @property
     def peak(self) -> int | None:
         return None if self.activations is None else self.weights + self.link + self.activations
 
 
-def estimate(chain: Chain, model: nn.Module, *, dtype: torch.dtype, batch: int, length: int, logits: int) -> Estimate:
-    """For a chain attached to a model on the meta device.
+def estimate(
+    chain: Chain,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    length: int,
+    logits: int,
+) -> Estimate:
+    """For a chain attached to a model on the meta device, to be trained on `device`. The model is of no use afterwards.
 
     batch, length: sequences and tokens per sequence in one forward pass. logits: positions that need logits.
     """
@@ -38,26 +49,27 @@ def estimate(chain: Chain, model: nn.Module, *, dtype: torch.dtype, batch: int, 
     trained = sum(p.numel() for p in chain.parameters())
     base = [p for p in model.parameters() if not p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in base)
-    activations = _saved_for_backward(model, batch, length, logits)
-    return Estimate(trained, sum(p.numel() for p in base), weights, trained * OPTIMIZER_BYTES, activations)
+    activations = obstacle = None
+    try:
+        activations = _saved_for_backward(model, device, batch, length, logits)
+    except Exception as error:  # a model's own code, which may look at values
+        obstacle = str(error).strip().split("\n")[0]
+    return Estimate(trained, sum(p.numel() for p in base), weights, trained * OPTIMIZER_BYTES, activations, obstacle)
 
 
-def _saved_for_backward(model: nn.Module, batch: int, length: int, logits: int) -> int | None:
+def _saved_for_backward(model: nn.Module, device: torch.device, batch: int, length: int, logits: int) -> int:
     """Bytes of the distinct tensors that autograd keeps, parameters aside."""
-    known = {id(p) for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}  # holding the storages keeps their identities unique
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in known and not isinstance(tensor, nn.Parameter):
-            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-    model.train()
-    try:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.train().to_empty(device=device)
+        ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             scores = model(ids, use_cache=False, logits_to_keep=min(logits, length)).logits
             scores.float().logsumexp(-1).sum()
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):
-        return None
-    return sum(t.untyped_storage().nbytes() for t in kept.values() if not isinstance(t, nn.Parameter))
+        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters)

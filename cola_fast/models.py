@@ -38,8 +38,9 @@ def load_empty_model(config: ModelConfig) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = _from_pretrained(AutoConfig, config)
+    options = {} if config.attention is None else {"attn_implementation": config.attention}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code, **options)
     return cast(nn.Module, model)
 
 

@@ -34,8 +34,9 @@ def dry_run(config: Config) -> str:
     length = data.max_length if t.packing else max(map(len, data.train))
     labelled = max(sum(label >= 0 for label in example.labels) for example in data.train)
     need = estimate(
-        chain, model, dtype=dtype, batch=t.batch_size, length=length, logits=length if t.packing else labelled
-    )
+        chain, model, device=device, dtype=dtype, batch=t.batch_size, length=length,
+        logits=length if t.packing else labelled,
+    )  # fmt: skip
     percent = f"{need.trained / need.total:.2%}"
     lines = [
         f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {dtype} on {device}",
@@ -51,7 +52,7 @@ def dry_run(config: Config) -> str:
         step += span.steps
     lines.append(f"memory     weights {_size(need.weights)}, link with optimizer {_size(need.link)}")
     if need.activations is None:
-        lines.append("           activations: this model cannot be traced without weights, so they are not estimated")
+        lines.append(f"           activations: not estimated, this model cannot be run without data ({need.obstacle})")
     elif t.activation_checkpointing:
         lines.append(
             "           activations: far below the " + _size(need.activations) + " of a run without checkpointing"

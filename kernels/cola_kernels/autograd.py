@@ -26,8 +26,14 @@ from .checks import check_group, check_lora_linear
 from .philox import as_seed
 
 
+class MakeMask(Protocol):
+    def __call__(self, seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
+        """What the other primitives take as `mask` for drop(x), x [rows, columns]: the mask, or the seed if they make
+        it in flight. Called once in forward and once in backward."""
+
+
 class Project(Protocol):
-    def __call__(self, x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, a: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
         """`scale · drop(x) aᵀ`: x [M, K], a [R, K] -> [M, R] in x's dtype."""
 
 
@@ -41,7 +47,7 @@ class SeededMatmul(Protocol):
         scale: float,
         bias: Tensor | None,
         dropout: float,
-        seed: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
         """`x w + undrop(scale · u v) + bias`: x [M, L], w [L, P], u [M, R], v [R, P] -> [M, P] in x's dtype."""
 
@@ -52,13 +58,14 @@ class OutputGrads(Protocol):
 
 
 class FactorGrad(Protocol):
-    def __call__(self, ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def __call__(self, ds: Tensor, x: Tensor, dropout: float, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`dsᵀ drop(x)`: ds [M, R], x [M, K] -> [R, K] in `dtype`."""
 
 
 class Primitives(NamedTuple):
     """What a backend implements. The operands of one call share a dtype."""
 
+    make_mask: MakeMask
     project: Project
     seeded_matmul: SeededMatmul
     output_grads: OutputGrads
@@ -76,7 +83,8 @@ def make_function(ops: Primitives) -> type[Function]:
             count, dtype = len(scales), x.dtype
             weights, lora_as, lora_bs, biases = (members[i * count : (i + 1) * count] for i in range(4))
             rows = x.reshape(-1, x.shape[-1])  # [M, K]
-            s = ops.project(rows, _stack(lora_as).to(dtype), 1.0, dropout, seed)  # [M, sum of R]
+            mask = None if seed is None else ops.make_mask(seed, rows.shape[0], rows.shape[1], dropout)
+            s = ops.project(rows, _stack(lora_as).to(dtype), 1.0, dropout, mask)  # [M, sum of R]
             ys = []
             for w, b, bias, scale, s_i in zip(weights, lora_bs, biases, scales, _split(s, lora_as), strict=True):
                 bias = None if bias is None else bias.to(dtype)
@@ -112,15 +120,16 @@ def make_function(ops: Primitives) -> type[Function]:
                     dss.append(ops.project(dy, b.to(dtype).t(), scale, 0.0, None))
             if needs_x or any(needs_a):
                 stacked = _stack(dss, dim=1)  # [M, sum of R]
+                mask = None if seed is None else ops.make_mask(seed, len(stacked), lora_as[0].shape[1], dropout)
             if needs_x:
                 a = _stack(lora_as).to(dtype)
-                dx = ops.seeded_matmul(rows[0], weights[0].to(dtype), stacked, a, 1.0, None, dropout, seed)  # [M, K]
+                dx = ops.seeded_matmul(rows[0], weights[0].to(dtype), stacked, a, 1.0, None, dropout, mask)  # [M, K]
                 for dy, w in zip(rows[1:], weights[1:], strict=True):
                     dx.addmm_(dy, w.to(dtype))
                 dx = dx.reshape(ctx.x_shape)
             if any(needs_a):
                 x = x.reshape(-1, x.shape[-1])
-                da = ops.factor_grad(stacked, x, dropout, seed, lora_as[0].dtype)  # [sum of R, K]
+                da = ops.factor_grad(stacked, x, dropout, mask, lora_as[0].dtype)  # [sum of R, K]
                 das = [d if need else None for d, need in zip(da.split(_ranks(lora_as)), needs_a, strict=True)]
             dbs = [db if need else None for db, need in zip(dbs, needs_b, strict=True)]
             dbiases = [

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import autograd
 from .checks import check_merge
-from .philox import as_seed, draws, dropout_threshold, inverse_keep
+from .philox import DRAW_RANGE, as_seed, draws, dropout_threshold, inverse_keep
 
 
 class FoldReport(NamedTuple):
@@ -92,8 +92,13 @@ def lora_linear_group(
     return autograd.apply(FUNCTION, x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
 
 
-def project(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
-    s = F.linear(_drop(x, dropout, seed), a)  # [M, R]
+def make_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
+    return draws(seed, rows, columns) < dropout_threshold(dropout) - DRAW_RANGE // 2  # True where dropped
+
+
+def project(x: Tensor, a: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
+    s = F.linear(_zero(x, mask), a)  # [M, R]
+    scale *= inverse_keep(dropout)
     return s if scale == 1 else s.mul_(scale)
 
 
@@ -105,37 +110,36 @@ def seeded_matmul(
     scale: float,
     bias: Tensor | None,
     dropout: float,
-    seed: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)  # [M, P]
-    if dropout == 0:
+    if mask is None:
         return y.addmm_(u, v, alpha=scale)
-    return y.add_(_drop(torch.mm(u, v), dropout, seed), alpha=scale)
+    return y.add_(torch.mm(u, v).masked_fill_(mask, 0), alpha=scale * inverse_keep(dropout))
 
 
 def output_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     ds = torch.mm(dy, b).mul_(scale)  # [M, R]
-    db = torch.mm(dy.t(), s).mul_(scale).to(dtype)  # [N, R]
-    return ds, db
+    db = torch.mm(s.t(), dy).mul_(scale).to(dtype)  # [R, N]: on a CPU the wide result is the faster one
+    return ds, db.t()
 
 
-def factor_grad(ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.mm(ds.t(), _drop(x, dropout, seed)).to(dtype)  # [R, K]
+def factor_grad(ds: Tensor, x: Tensor, dropout: float, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    da = torch.mm(ds.t(), _zero(x, mask)).to(dtype)  # [R, K]
+    return da if mask is None else da.mul_(inverse_keep(dropout))
 
 
-FUNCTION = autograd.make_function(autograd.Primitives(project, seeded_matmul, output_grads, factor_grad))
+FUNCTION = autograd.make_function(autograd.Primitives(make_mask, project, seeded_matmul, output_grads, factor_grad))
 
 
-def _drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """Inverted dropout of x `[M, K]`; also its own adjoint, so backward uses it on dX."""
-    if dropout == 0 or seed is None:
-        return x
-    return x * dropout_mask(seed, x.shape[0], x.shape[1], dropout) * inverse_keep(dropout)
+def _zero(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Dropout of x `[M, K]` but for its factor, which goes to something smaller."""
+    return x if mask is None else x.masked_fill(mask, 0)
 
 
 def dropout_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     """True where an element is kept. The probability is rounded to a multiple of 2**-16."""
-    return draws(seed, rows, columns) >= dropout_threshold(dropout)
+    return make_mask(seed, rows, columns, dropout).logical_not_()
 
 
 TILE_ELEMENTS = 1 << 15  # of the fp32 tile merge_ works in: 128 KiB, so that all temporaries together stay small
@@ -208,5 +212,7 @@ def _round_stochastic(value: Tensor, dtype: torch.dtype, seed: Tensor, first_row
     rounding. Below fp16's smallest normal number, 6.1e-5, the conversion itself rounds to nearest.
     """
     dropped = DROPPED_BITS[dtype]
-    draw = draws(seed, value.shape[0], value.shape[1], first_row=first_row).to(torch.int32) >> (16 - dropped)
-    return (value.view(torch.int32) + draw).bitwise_and_(-(1 << dropped)).view(torch.float32).to(dtype)
+    draw = draws(seed, value.shape[0], value.shape[1], first_row=first_row).to(torch.int32) + DRAW_RANGE // 2
+    return (
+        (value.view(torch.int32) + (draw >> 16 - dropped)).bitwise_and_(-(1 << dropped)).view(torch.float32).to(dtype)
+    )

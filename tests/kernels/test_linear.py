@@ -160,9 +160,9 @@ def test_the_seeded_gemm(monkeypatch, forward, tma, rank):
         ds = skinny.launch_project(p.dy, p.lora_b.t(), p.scale, 0.0, None)
         operands = (p.dy, p.weight, ds, p.lora_a, 1.0, None)
     exact = reference.seeded_matmul(
-        *(t.double() if isinstance(t, torch.Tensor) else t for t in operands), dropout=0.0, seed=None
+        *(t.double() if isinstance(t, torch.Tensor) else t for t in operands), dropout=0.0, mask=None
     )
-    same = reference.seeded_matmul(*operands, dropout=0.0, seed=None)
+    same = reference.seeded_matmul(*operands, dropout=0.0, mask=None)
     for config in matmul.gemm_configs(tuning.Shape(p.x.device, p.x.dtype, 512, 136, 32, False), tma):
         if config is not None:
             assert error(matmul.run_gemm(config, *operands), exact) <= 2 * error(same, exact) + 1e-6
@@ -175,12 +175,13 @@ def test_every_configuration_of_the_skinny_kernels(rank):
     seed, dropout = torch.tensor(5, device=DEVICE), 0.3
     shape = tuning.Shape(p.x.device, p.x.dtype, 8192, 72, rank, True)
     double = {name: getattr(p, name).double() for name in ("x", "dy", "lora_a", "lora_b")}
-    s = reference.project(p.x, p.lora_a, 1.0, dropout, seed)
+    mask = reference.make_mask(seed, *p.x.shape, dropout)
+    s = reference.project(p.x, p.lora_a, 1.0, dropout, mask)
     cases = [
         (
             skinny.project_configs,
             lambda config: skinny.run_project(config, p.x, p.lora_a, 1.0, dropout, seed),
-            [reference.project(double["x"], double["lora_a"], 1.0, dropout, seed)],
+            [reference.project(double["x"], double["lora_a"], 1.0, dropout, mask)],
         ),
         (
             skinny.strip_configs,
@@ -190,7 +191,7 @@ def test_every_configuration_of_the_skinny_kernels(rank):
         (
             skinny.strip_configs,
             lambda config: skinny.run_factor_grad(config, s, p.x, dropout, seed, torch.float32),
-            [reference.factor_grad(s.double(), double["x"], dropout, seed, torch.float64)],
+            [reference.factor_grad(s.double(), double["x"], dropout, mask, torch.float64)],
         ),
     ]
     for candidates, run, exact in cases:
