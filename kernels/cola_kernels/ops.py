@@ -99,10 +99,10 @@ _TRITON = _triton_function()
 LAUNCH_BOUND = 1 << 35
 
 
-def _function(x: Tensor, weights: Sequence[Tensor], dropout: float) -> type[torch.autograd.Function]:
+def _function(x: Tensor, lora_bs: Sequence[Tensor], dropout: float) -> type[torch.autograd.Function]:
     if _TRITON is None or not backend.use_triton(x):
         return reference.FUNCTION
-    small = dropout == 0 and x.shape[:-1].numel() * sum(w.numel() for w in weights) < LAUNCH_BOUND
+    small = dropout == 0 and x.numel() * sum(b.shape[0] for b in lora_bs) < LAUNCH_BOUND
     return reference.FUNCTION if small else _TRITON
 
 
@@ -122,7 +122,7 @@ def lora_linear(
     `reference.lora_linear` says what the arguments are. On a GPU this runs Triton kernels, elsewhere the reference;
     both draw the same dropout mask from the same seed.
     """
-    (y,) = autograd.apply(_function(x, [weight], dropout), x, [weight], [lora_a], [lora_b], [scale], [bias], dropout, seed)
+    (y,) = autograd.apply(_function(x, [lora_b], dropout), x, [weight], [lora_a], [lora_b], [scale], [bias], dropout, seed)
     return y
 
 
@@ -141,7 +141,7 @@ def lora_linear_group(
 
     `reference.lora_linear_group` says what the arguments are; the backend is chosen as for `lora_linear`.
     """
-    return autograd.apply(_function(x, weights, dropout), x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
+    return autograd.apply(_function(x, lora_bs, dropout), x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
 
 
 def merge_(
