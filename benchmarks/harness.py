@@ -12,6 +12,7 @@ fp64 on the same inputs.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -57,13 +58,32 @@ def interleave(sides: Mapping[str, Callable[[], float]], *, rounds: int, warmup:
 
 
 def timed(work: Callable[[], Any], repeats: int = 1) -> float:
-    """Seconds for one call of `work`, the mean of `repeats` in a row."""
+    """Seconds for one call of `work`, the mean of `repeats` in a row; on a GPU between two of its own events."""
     synchronize()
+    if torch.cuda.is_available():
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(repeats):
+            work()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3 / repeats
     began = time.perf_counter()
     for _ in range(repeats):
         work()
     synchronize()
     return (time.perf_counter() - began) / repeats
+
+
+def in_turn(works: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """One after the other, for ever: with enough copies of the operands none is still in the cache when it is used."""
+    following = itertools.cycle(works)
+    return lambda: next(following)()
+
+
+def cache_bytes() -> int:
+    """Of the last cache before a GPU's memory; 0 on a CPU, where nothing is said about caches."""
+    return int(torch.cuda.get_device_properties().L2_cache_size) if torch.cuda.is_available() else 0
 
 
 def synchronize() -> None:
@@ -179,8 +199,11 @@ def result_path(suite: str, env: Mapping[str, Any]) -> Path:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Replaces the file at once: whoever reads it, or is killed while writing, finds whole JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def read_results(suite: str) -> list[dict[str, Any]]:

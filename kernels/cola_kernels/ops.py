@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backend, reference
+from . import autograd, backend, reference, small
 from .reference import FoldReport
 
 _LIBRARY = torch.library.Library("cola_kernels", "FRAGMENT")
@@ -93,18 +93,6 @@ def _triton_function() -> type[torch.autograd.Function] | None:
 
 _TRITON = _triton_function()
 
-# Multiply-adds of the forward product below which a GPU is done before its kernels are launched, some 0.15 ms for a
-# forward and backward. There cuBLAS needs fewer launches, each of them cheaper, and its operands stay in cache. Dropout
-# stays with Triton: in plain PyTorch a mask takes dozens of launches.
-LAUNCH_BOUND = 1 << 35
-
-
-def _function(x: Tensor, lora_bs: Sequence[Tensor], dropout: float) -> type[torch.autograd.Function]:
-    if _TRITON is None or not backend.use_triton(x):
-        return reference.FUNCTION
-    small = dropout == 0 and x.numel() * sum(b.shape[0] for b in lora_bs) < LAUNCH_BOUND
-    return reference.FUNCTION if small else _TRITON
-
 
 def lora_linear(
     x: Tensor,
@@ -122,7 +110,7 @@ def lora_linear(
     `reference.lora_linear` says what the arguments are. On a GPU this runs Triton kernels, elsewhere the reference;
     both draw the same dropout mask from the same seed.
     """
-    (y,) = autograd.apply(_function(x, [lora_b], dropout), x, [weight], [lora_a], [lora_b], [scale], [bias], dropout, seed)
+    (y,) = lora_linear_group(x, [weight], [lora_a], [lora_b], [scale], [bias], dropout=dropout, seed=seed)
     return y
 
 
@@ -141,7 +129,13 @@ def lora_linear_group(
 
     `reference.lora_linear_group` says what the arguments are; the backend is chosen as for `lora_linear`.
     """
-    return autograd.apply(_function(x, lora_bs, dropout), x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
+    if _TRITON is None or not backend.use_triton(x):
+        return reference.lora_linear_group(
+            x, weights, lora_as, lora_bs, scales, biases, dropout=dropout, seed=seed
+        )
+    if dropout == 0 and small.is_small(x, lora_bs):
+        return small.lora_linear_group(x, weights, lora_as, lora_bs, scales, biases)
+    return autograd.apply(_TRITON, x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
 
 
 def merge_(

@@ -12,7 +12,7 @@ from cola_kernels import reference
 from .conftest import DEVICE, TRITON_DTYPES, assert_within_rule, dtype_id, error, leaves, make_problem, ours
 
 pytest.importorskip("triton")
-from cola_kernels import matmul, ops, skinny, tuning
+from cola_kernels import matmul, skinny, small, tuning
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 
@@ -215,8 +215,8 @@ def test_more_elements_than_int32_counts():
 
 
 @pytest.mark.parametrize(("dropout", "bound", "launches"), [(0.0, 10**6, 0), (0.0, 10, 1), (0.3, 10**6, 1)])
-def test_little_work_goes_to_cublas_where_nothing_is_dropped(monkeypatch, dropout, bound, launches):
-    monkeypatch.setattr(ops, "LAUNCH_BOUND", bound)
+def test_little_work_goes_to_plain_pytorch_where_nothing_is_dropped(monkeypatch, dropout, bound, launches):
+    monkeypatch.setattr(small, "LAUNCH_BOUND", bound)
     kernels = []
     monkeypatch.setattr(skinny, "_project_kernel", _Recorder(skinny._project_kernel, kernels))
     problem = make_problem(20, 40, 24, 4, torch.float32, dropout=dropout)
