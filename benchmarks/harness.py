@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,12 @@ def interleave(sides: Mapping[str, Callable[[], float]], *, rounds: int, warmup:
             if turn >= warmup:
                 samples[name].append(seconds)
     return samples
+
+
+def sample(work: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """`interleave` of `timed`, each side called as often as makes a sample last `seconds`."""
+    repeats = {name: math.ceil(seconds / timed(each, 3)) for name, each in work.items()}
+    return interleave({name: partial(timed, each, repeats[name]) for name, each in work.items()}, rounds=rounds)
 
 
 def timed(work: Callable[[], Any], repeats: int = 1) -> float:
@@ -134,7 +142,7 @@ def say(line: str) -> None:
 
 def error(found: Tensor, truth: Tensor) -> float:
     """Largest absolute difference over the truth's largest absolute value: no single wrong element hides in a norm."""
-    return float((found.double() - truth).abs().max() / truth.abs().max())
+    return float((found.detach().double() - truth).abs().max() / truth.abs().max())
 
 
 def require_parity(
@@ -201,9 +209,9 @@ def result_path(suite: str, env: Mapping[str, Any]) -> Path:
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Replaces the file at once: whoever reads it, or is killed while writing, finds whole JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def read_results(suite: str) -> list[dict[str, Any]]:

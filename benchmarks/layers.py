@@ -101,7 +101,9 @@ class Side:
     def passes(self, problem: Problem) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """One forward and one backward pass: every y, and the gradient of every leaf."""
         ys = self.forward()
-        return ys, torch.autograd.grad(ys, self.leaves, [m.dy.view_as(y) for m, y in zip(problem.members, ys, strict=True)])
+        return ys, torch.autograd.grad(
+            ys, self.leaves, [m.dy.view_as(y) for m, y in zip(problem.members, ys, strict=True)]
+        )
 
 
 def frozen(problem: Problem) -> None:
@@ -227,7 +229,11 @@ def _plain(problem: Problem, g: int, first: int, noises: list[Tensor], dtype: to
     dx, *gradients = torch.autograd.grad(ys, leaves, [m.dy.to(dtype) for m in members])
     found = {"dX": dx}
     for i, y in enumerate(ys):
-        found |= {f"y{first + i}": y.detach(), f"dA{first + i}": gradients[2 * i], f"dB{first + i}": gradients[2 * i + 1]}
+        found |= {
+            f"y{first + i}": y.detach(),
+            f"dA{first + i}": gradients[2 * i],
+            f"dB{first + i}": gradients[2 * i + 1],
+        }
     return found
 
 
@@ -325,7 +331,10 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 def _leaves(members: Sequence[Member], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    return [(m.a.detach().to(dtype, copy=True).requires_grad_(), m.b.detach().to(dtype, copy=True).requires_grad_()) for m in members]
+    return [
+        (m.a.detach().to(dtype, copy=True).requires_grad_(), m.b.detach().to(dtype, copy=True).requires_grad_())
+        for m in members
+    ]
 
 
 def _all_leaves(problem: Problem, factors: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

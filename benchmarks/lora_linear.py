@@ -14,7 +14,6 @@ R = 16 at M = 512 and 8192; each with and without dropout. --full: every shape, 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -70,7 +69,9 @@ def cases(*, full: bool) -> list[Case]:
     blocks += [Case(model, BLOCK, m, 16, p) for m, model, p in product((512, 2048, 16384), MODELS, DROPOUTS)]
     ranks = [Case(big, BLOCK, 8192, rank, p) for rank, p in product(RANKS[1:], DROPOUTS)]
     singles = [
-        Case(model, shape, m, 16, p) for m, p, model in product((8192, 512), DROPOUTS, MODELS) for shape in MODELS[model]
+        Case(model, shape, m, 16, p)
+        for m, p, model in product((8192, 512), DROPOUTS, MODELS)
+        for shape in MODELS[model]
     ]
     chosen = [*blocks, *ranks, *singles]
     if full:
@@ -131,16 +132,11 @@ def _measure(case: Case, *, rounds: int) -> dict[str, Any]:
     for name, built in sides.items():
         pairs = zip(built, problems, strict=True)
         work[name] = harness.in_turn([partial(side.passes, problem) for side, problem in pairs])
-    once = min(harness.timed(each, 3) for each in work.values())
-    repeats = math.ceil(SAMPLE_SECONDS / once)
-    samples = harness.interleave(
-        {name: partial(harness.timed, each, repeats) for name, each in work.items()}, rounds=rounds
-    )
+    samples = harness.sample(work, rounds=rounds, seconds=SAMPLE_SECONDS)
     return {
         **case._asdict(),
         "dtype": str(dtype).removeprefix("torch."),
         "copies": len(problems),
-        "repeats": repeats,
         "path": chosen_path(sides["ours"][0], problems[0]),
         "parity": parity,
         "skipped": skipped,

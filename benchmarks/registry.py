@@ -55,7 +55,9 @@ SUITES = {
         "What does a LoRA linear cost above its frozen linear on a GPU, here and elsewhere?", "benchmarks.lora_linear"
     ),
     "kernels": Entry("How near is each kernel to the speed of memory or of the plain product?", "benchmarks.kernels"),
-    "convergence": Entry("Do the Triton kernels train, compile and replay like the reference?", "benchmarks.convergence"),
+    "convergence": Entry(
+        "Do the Triton kernels train, compile and replay like the reference?", "benchmarks.convergence"
+    ),
     "step_time": Entry(
         "How long do a LoRA linear and a whole training step take, beside PEFT and transformers' Trainer?",
         "benchmarks.step_time",

@@ -39,7 +39,7 @@ IN_A_BLOCK = {"q, o": 2, "k, v": 2, "gate, up": 2, "down": 1}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENS = (16 * ROW, 128 * ROW)  # M: the demo's batch, and one that fills the machine
 DROPOUTS = (0.0, 0.05)
-SAMPLE_SECONDS = 0.02  # shorter work is repeated until a sample takes that long
+SAMPLE_SECONDS = 0.02
 
 # relative, of the loss of each of the first steps: from the second on it tells of the gradients, too. In bf16, rounding
 # turns the sign of small gradients, which is all that Adam's first step looks at.
@@ -159,11 +159,7 @@ def _layer(dtype: str, dropout: float, tokens: int, shape: str, *, rounds: int) 
 
     work: dict[str, Callable[[], object]] = {"frozen": frozen}
     work |= {name: partial(passes, side, case) for name, side in sides.items()}
-    once = min(harness.timed(each, 3) for each in work.values())
-    repeats = math.ceil(SAMPLE_SECONDS / once)
-    samples = harness.interleave(
-        {name: partial(harness.timed, each, repeats) for name, each in work.items()}, rounds=rounds
-    )
+    samples = harness.sample(work, rounds=rounds, seconds=SAMPLE_SECONDS)
     return {
         "dtype": dtype,
         "dropout": dropout,

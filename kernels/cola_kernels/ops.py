@@ -130,9 +130,7 @@ def lora_linear_group(
     `reference.lora_linear_group` says what the arguments are; the backend is chosen as for `lora_linear`.
     """
     if _TRITON is None or not backend.use_triton(x):
-        return reference.lora_linear_group(
-            x, weights, lora_as, lora_bs, scales, biases, dropout=dropout, seed=seed
-        )
+        return reference.lora_linear_group(x, weights, lora_as, lora_bs, scales, biases, dropout=dropout, seed=seed)
     if dropout == 0 and small.is_small(x, lora_bs):
         return small.lora_linear_group(x, weights, lora_as, lora_bs, scales, biases)
     return autograd.apply(_TRITON, x, weights, lora_as, lora_bs, scales, biases, dropout, seed)

@@ -213,9 +213,7 @@ def launch_project(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Ten
     return run_project(config, x, a, scale, dropout, seed)
 
 
-def run_project(
-    config: Config, x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None
-) -> Tensor:
+def run_project(config: Config, x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
     (m, k), r = x.shape, a.shape[0]
     s = x.new_empty(m, r)
     if m == 0:

@@ -199,7 +199,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", default="16,32,64,128")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--output", type=Path, default=backend.CACHE, help="folder of the table")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of timing, after which what is missing is left")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="of timing, after which what is missing is left"
+    )
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
     options = parser.parse_args(arguments)
     if not (torch.cuda.is_available() or backend.INTERPRET):
