@@ -134,5 +134,6 @@ def count(junit: Path) -> dict[str, Any]:
         totals["all"][result] += 1
         words = name.replace("[", "-").replace("]", "-").replace("torch.", "").split("-")
         for dtype in DTYPES:
-            totals[dtype][result] += dtype in words
+            if dtype in words:
+                totals[dtype][result] += 1
     return {"counts": {name: dict(counter) for name, counter in totals.items()}, "failed": failed}

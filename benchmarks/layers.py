@@ -157,7 +157,8 @@ def unsloth(problem: Problem) -> Side:
     from unsloth.kernels.fast_lora import LoRA_W
 
     def op(x: Tensor, member: Member, a: Tensor, b: Tensor) -> Tensor:
-        return LoRA_W.apply(x[None], member.weight, None, a, b, problem.scale)[0]
+        y: Tensor = LoRA_W.apply(x[None], member.weight, None, a, b, problem.scale)
+        return y[0]
 
     return _by_op(problem, op, "Unsloth's op has no dropout")
 
@@ -166,7 +167,8 @@ def lorafusion(problem: Problem) -> Side:
     from lorafusion.ops.lora_v1 import fused_linear_lora
 
     def op(x: Tensor, member: Member, a: Tensor, b: Tensor) -> Tensor:
-        return fused_linear_lora(x[None], member.weight, a, b, problem.scale)[0]
+        y: Tensor = fused_linear_lora(x[None], member.weight, a, b, problem.scale)
+        return y[0]
 
     return _by_op(problem, op, "LoRAFusion's mask cannot be had from outside, so there is no parity to check")
 

@@ -24,8 +24,7 @@ from unittest.mock import patch
 
 import torch
 
-from cola_kernels import matmul, skinny
-from cola_kernels.tuning import Shape
+from cola_kernels import matmul, skinny, tuning
 
 from . import harness, layers
 from .layers import Problem
@@ -75,11 +74,8 @@ def cases(*, full: bool) -> list[Case]:
     ]
     chosen = [*blocks, *ranks, *singles]
     if full:
-        chosen += [
-            Case(model, shape, *rest)
-            for model in MODELS
-            for shape, *rest in product((*MODELS[model], BLOCK), TOKENS, RANKS, DROPOUTS)
-        ]
+        grid = product(MODELS, TOKENS, RANKS, DROPOUTS)
+        chosen += [Case(model, shape, m, r, p) for model, m, r, p in grid for shape in (*MODELS[model], BLOCK)]
     return list(dict.fromkeys(chosen))
 
 
@@ -161,9 +157,9 @@ def _host_seconds(work: Any, calls: int = 5) -> float:
 def chosen_path(side: layers.Side, problem: Problem) -> dict[str, Any]:
     """The configurations that one forward and backward asked for, by table key; none where cuBLAS does all."""
     asked: dict[str, Any] = {}
-    choose = skinny.choose
+    choose = tuning.choose
 
-    def recorded(kernel: str, candidates: Any, shape: Shape) -> Any:
+    def recorded(kernel: str, candidates: Any, shape: tuning.Shape) -> Any:
         asked[shape.key(kernel)] = choose(kernel, candidates, shape)
         return asked[shape.key(kernel)]
 

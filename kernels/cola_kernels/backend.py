@@ -11,7 +11,6 @@ They are read once, at import, so that torch.compile sees constants.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -49,19 +48,14 @@ def use_triton(tensor: Tensor) -> bool:
     return False
 
 
-@functools.cache
-def _new_enough(device: torch.device) -> bool:
-    # ROCm numbers its architectures from gfx9 on, so they pass.
-    return torch.cuda.get_device_properties(device).major >= 8
-
-
 def _obstacle(tensor: Tensor) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if tensor.dtype not in TRITON_DTYPES:
         return f"the kernels take bf16, fp16 and fp32, not {tensor.dtype}"
     if tensor.is_cuda:
-        if not _new_enough(tensor.device):
+        # ROCm numbers its architectures from gfx9 on, so they pass.
+        if torch.cuda.get_device_properties(tensor.device).major < 8:
             return "the kernels need an NVIDIA GPU of compute capability 8.0 or newer"
         return None
     return None if INTERPRET else f"the tensor is on {tensor.device} and TRITON_INTERPRET is not set"
