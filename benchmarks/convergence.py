@@ -42,7 +42,7 @@ class Size:
     steps: int = 200
 
 
-TINY = Size(32, 1, 2, 8, 3)
+TINY = Size(16, 1, 1, 4, 2)
 
 
 def run(options: Options) -> dict[str, Any]:

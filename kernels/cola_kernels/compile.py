@@ -52,11 +52,12 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     config: Config
     rule: bool  # a first candidate
+    odd: bool = False  # M and R are no multiples of 16, which a launch finds out and compiles for
 
     def label(self) -> str:
         flags = [f"{k}={v}" for k, v in self.constants.items() if v is not None and v is not False]
         blocks = [f"{k}={v}" for k, v in self.config.items()]
-        return " ".join([self.name, self.dtype, *flags, *blocks])
+        return " ".join([self.name, self.dtype, *flags, *blocks, *(["odd"] if self.odd else [])])
 
 
 class Usage(NamedTuple):
@@ -79,12 +80,13 @@ class Row(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Everything the launchers can ask for, of one divisibility by 16."""
+    """Everything the launchers can ask for, with K and N multiples of 16, and M and R both or neither."""
     found: dict[str, Case] = {}
     for case in itertools.chain(_skinny_cases(), _matmul_cases(), _merge_cases()):
         rule = case.rule or (case.label() in found and found[case.label()].rule)  # for any number of tokens
         found[case.label()] = case._replace(rule=rule)
-    return list(found.values())
+    odd = [case._replace(odd=True) for case in found.values() if "R" in case.kernel.arg_names]
+    return [*found.values(), *odd]
 
 
 def _shapes(largest: int) -> Iterator[Shape]:
@@ -157,7 +159,7 @@ def compile_case(case: Case, target: str) -> Usage:
     constants = {**case.constants, **{k: v for k, v in case.config.items() if k not in options}}
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, case) for name in names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _divisible(name, signature[name])}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _divisible(name, signature[name], case)}
     compiled = triton.compile(ASTSource(case.kernel, signature, constants, attrs), target=_gpu(target), options=options)
     shared = compiled.metadata.shared
     if target.startswith("sm_"):
@@ -175,9 +177,10 @@ def _type(name: str, case: Case) -> str:
     return "fp32" if name == "scale" else "i32"
 
 
-def _divisible(name: str, kind: str) -> bool:
-    """What a launch would find out: aligned tensors, and all sizes but M, R and strides of R a multiple of 16."""
-    return kind.startswith("*") or (kind == "i32" and name not in ("M", "R", "threshold", "parts"))
+def _divisible(name: str, kind: str, case: Case) -> bool:
+    """What a launch would find out: aligned tensors, and sizes that are multiples of 16."""
+    unknown = ("threshold", "parts", *(("M", "R") if case.odd else ()))
+    return kind.startswith("*") or (kind == "i32" and name not in unknown)
 
 
 def _gpu(target: str) -> GPUTarget:

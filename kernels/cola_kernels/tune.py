@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--output", type=Path, default=backend.CACHE, help="folder of the table")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="of timing, after which what is missing is left"
+        "--seconds", type=float, default=math.inf, help="for all of it; what is missing then is left out"
     )
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
     options = parser.parse_args(arguments)
@@ -211,16 +211,18 @@ def main(arguments: list[str] | None = None) -> int:
     tokens, ranks = (list(map(int, text.split(","))) for text in (options.tokens, options.ranks))
     dtype = getattr(torch, options.dtype)
     problems = [Problem(m, n, k, rank, dtype) for rank, m, (n, k) in itertools.product(ranks, tokens, layers)]
+    began = time.monotonic()
     if options.jobs > 1:
         compile_kernels(problems, device, options.jobs)
     entries: dict[str, Any] = {}
     milliseconds: dict[str, float] = {}
     timer = _bench if device.type == "cuda" else _bench_interpreter
     path = write_table(options.output, gpu_name(device), entries, milliseconds)
-    for job, config, time_ in tune(problems, device, timer, options.seconds):
-        entries[job.key], milliseconds[job.key] = config, time_
+    left = options.seconds - (time.monotonic() - began)
+    for job, config, taken in tune(problems, device, timer, left):
+        entries[job.key], milliseconds[job.key] = config, taken
         write_table(options.output, gpu_name(device), entries, milliseconds)
-        print(f"{time_:9.4f} ms  {job.key}  {config}", flush=True)
+        print(f"{taken:9.4f} ms  {job.key}  {config}", flush=True)
     print(f"wrote {path}")
     return 0
 
