@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint aot bench clean
 
 demo: $(STAMP)
 	$(BIN)/cola demo
@@ -19,6 +19,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every kernel and configuration, compiled for GPUs that need not be there.
+aot: $(STAMP)
+	$(BIN)/python -m cola_kernels.compile --targets sm_80,sm_90,sm_100
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks run step_time

@@ -1,12 +1,16 @@
-"""`python -m benchmarks list | run SUITE | report`. Run from the root of the repository."""
+"""`python -m benchmarks list | run SUITE | gpu | report`. Run from the root of the repository."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
-from .registry import SUITES
+from .registry import SUITES, Options, Plotted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,6 +21,12 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("suite", choices=SUITES)
     run.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/SUITE-DEVICE.json)")
     run.add_argument("--quick", action="store_true", help="a minute's look; kept only where --out says")
+    run.add_argument("--full", action="store_true", help="every combination, where a suite measures a choice of them")
+    run.add_argument("--seconds", type=float, default=math.inf, help="start nothing after that, where a suite can stop")
+    whole = commands.add_parser("gpu", help="parity, tuning and every GPU suite, each in a process of its own")
+    whole.add_argument("--out", type=Path, required=True, help="the folder of all results")
+    whole.add_argument("--seconds", type=float, default=540, help="for all of it (default: 540)")
+    whole.add_argument("--quick", action="store_true", help="a rehearsal in small; on the CPU where there is no GPU")
     report = commands.add_parser("report", help="print the tables of all results and update those of the README")
     report.add_argument("--readme", type=Path, default=Path("README.md"))
     chosen = parser.parse_args(arguments)
@@ -25,31 +35,45 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:12} {entry.question}")
         return 0
     if chosen.command == "run":
-        return _run(chosen.suite, chosen.out, chosen.quick)
+        return _run(chosen.suite, chosen.out, Options(chosen.quick, chosen.full, chosen.seconds))
+    if chosen.command == "gpu":
+        from . import gpu
+
+        return gpu.main(chosen.out, chosen.seconds, quick=chosen.quick)
     return _report(chosen.readme)
 
 
-def _run(name: str, out: Path | None, quick: bool) -> int:
+def _run(name: str, out: Path | None, options: Options) -> int:
     from . import harness  # torch: not for `list` and --help
 
     suite, env = SUITES[name].load(), harness.environment()
+    if out is None and not options.quick:
+        out = harness.result_path(name, env)
+    header = {"suite": name, "quick": options.quick, "environment": env}
+
+    def keep(measured: Mapping[str, Any]) -> None:
+        if out is not None:
+            harness.write_result(out, {**header, "complete": False, **measured})
+
     try:
-        measured = suite.run(quick=quick)
+        measured = suite.run(replace(options, keep=keep))
     except harness.ParityError as error:
         print(f"No numbers, because the sides do not agree. {error}", file=sys.stderr)
         return 1
     except ImportError as error:
         print(f"{name} needs what it compares with: pip install -e '.[demo,peers]' ({error}).", file=sys.stderr)
         return 1
-    result = {"suite": name, "quick": quick, "environment": env, **measured}
-    if out is None and not quick:
-        out = harness.result_path(name, env)
+    result = {**header, "complete": True, **measured}
     for table in suite.tables(result).values():
         print(table, end="\n\n")
+    for refused in measured.get("refused", []):
+        print(f"No numbers for {refused}", file=sys.stderr)
     if out is not None:
         harness.write_result(out, result)
         print(f"written to {out}")
-    return 0
+        if hasattr(suite, "plot"):
+            cast(Plotted, suite).plot(result, out.with_suffix(".png"))
+    return 1 if measured.get("refused") else 0
 
 
 def _report(readme: Path) -> int:

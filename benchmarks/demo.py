@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
+from .registry import Options
 from .report import describe, markdown
 
 PLOT = harness.RESULTS / "demo.png"
 
 
-def run(*, quick: bool) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     from cola_fast.demo import demo_config
     from cola_fast.report import score_run
     from cola_fast.trainer import train
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "demo"
-        config = demo_config([f"out={out}", *(["data.limit=96"] if quick else [])])
+        config = demo_config([f"out={out}", *(["data.limit=96"] if options.quick else [])])
         result = train(config)
         began = time.perf_counter()
         scores = score_run(out)
-        if not quick:
+        if not options.quick:
             PLOT.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(out / "curves.png", PLOT)
     return {

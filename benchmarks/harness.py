@@ -12,7 +12,9 @@ fp64 on the same inputs.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +59,39 @@ def interleave(sides: Mapping[str, Callable[[], float]], *, rounds: int, warmup:
     return samples
 
 
+def sample(work: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """`interleave` of `timed`, each side called as often as makes a sample last `seconds`."""
+    repeats = {name: math.ceil(seconds / timed(each, 3)) for name, each in work.items()}
+    return interleave({name: partial(timed, each, repeats[name]) for name, each in work.items()}, rounds=rounds)
+
+
 def timed(work: Callable[[], Any], repeats: int = 1) -> float:
-    """Seconds for one call of `work`, the mean of `repeats` in a row."""
+    """Seconds for one call of `work`, the mean of `repeats` in a row; on a GPU between two of its own events."""
     synchronize()
+    if torch.cuda.is_available():
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(repeats):
+            work()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3 / repeats
     began = time.perf_counter()
     for _ in range(repeats):
         work()
     synchronize()
     return (time.perf_counter() - began) / repeats
+
+
+def in_turn(works: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """One after the other, for ever: with enough copies of the operands none is still in the cache when it is used."""
+    following = itertools.cycle(works)
+    return lambda: next(following)()
+
+
+def cache_bytes() -> int:
+    """Of the last cache before a GPU's memory; 0 on a CPU, where nothing is said about caches."""
+    return int(torch.cuda.get_device_properties().L2_cache_size) if torch.cuda.is_available() else 0
 
 
 def synchronize() -> None:
@@ -114,7 +142,7 @@ def say(line: str) -> None:
 
 def error(found: Tensor, truth: Tensor) -> float:
     """Largest absolute difference over the truth's largest absolute value: no single wrong element hides in a norm."""
-    return float((found.double() - truth).abs().max() / truth.abs().max())
+    return float((found.detach().double() - truth).abs().max() / truth.abs().max())
 
 
 def require_parity(
@@ -162,7 +190,7 @@ def environment() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{package: _version(package) for package in VERSIONS},
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("BENCHMARK_COMMIT"),  # a copy without .git
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!README.md", ":!benchmarks/results")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -179,8 +207,11 @@ def result_path(suite: str, env: Mapping[str, Any]) -> Path:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Replaces the file at once: whoever reads it, or is killed while writing, finds whole JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def read_results(suite: str) -> list[dict[str, Any]]:

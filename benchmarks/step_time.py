@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from cola_fast.layer import LoRALinear
 from cola_fast.models import resolve_dtype
-from cola_kernels.philox import DRAW_RANGE, as_seed
-from cola_kernels.reference import dropout_mask
 
 from . import harness, trainers
+from .layers import our_noise, peft_layers
+from .registry import Options
 from .report import describe, markdown
 
 RANK, ALPHA, ROW = 8, 16.0, 32  # ROW: tokens of a sequence
@@ -39,15 +39,15 @@ IN_A_BLOCK = {"q, o": 2, "k, v": 2, "gate, up": 2, "down": 1}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENS = (16 * ROW, 128 * ROW)  # M: the demo's batch, and one that fills the machine
 DROPOUTS = (0.0, 0.05)
-SAMPLE_SECONDS = 0.02  # shorter work is repeated until a sample takes that long
+SAMPLE_SECONDS = 0.02
 
 # relative, of the loss of each of the first steps: from the second on it tells of the gradients, too. In bf16, rounding
 # turns the sign of small gradients, which is all that Adam's first step looks at.
 TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}
 
 
-def run(*, quick: bool) -> dict[str, Any]:
-    return {"layer": _layers(quick), "step": _steps(quick)}
+def run(options: Options) -> dict[str, Any]:
+    return {"layer": _layers(options.quick), "step": _steps(options.quick)}
 
 
 # --- layer ------------------------------------------------------------------------------------------------------------
@@ -97,25 +97,12 @@ def ours(case: Case, dropout: float) -> Side:
     assert layer.lora_A is not None
     assert layer.lora_B is not None
 
-    def noise(x: Tensor) -> Tensor:
-        if dropout == 0:
-            return torch.ones_like(x)
-        kept = dropout_mask(as_seed(None, x.device), x.shape[:-1].numel(), x.shape[-1], dropout).view_as(x)
-        return kept / (1 - round(dropout * DRAW_RANGE) / DRAW_RANGE)  # the probability as `dropout_mask` rounds it
-
-    return Side(layer, layer.lora_A, layer.lora_B, noise)
+    return Side(layer, layer.lora_A, layer.lora_B, partial(our_noise, dropout=dropout))
 
 
 def peft(case: Case, dropout: float, *, fp32_adapters: bool = True) -> Side:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=["proj"])
-    model = get_peft_model(nn.ModuleDict({"proj": case.linear()}), config, autocast_adapter_dtype=fp32_adapters)
-    layer = model.base_model.model["proj"]
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    a.data.copy_(case.a)
-    b.data.copy_(case.b)
-    return Side(layer, a, b, lambda x: layer.lora_dropout["default"](torch.ones_like(x, dtype=a.dtype)))
+    (layer,) = peft_layers([case.linear()], [(case.a, case.b)], ALPHA, dropout, fp32_adapters=fp32_adapters)
+    return Side(layer.module, layer.lora_a, layer.lora_b, layer.noise)
 
 
 def passes(side: Side, case: Case) -> dict[str, Tensor]:
@@ -172,11 +159,7 @@ def _layer(dtype: str, dropout: float, tokens: int, shape: str, *, rounds: int) 
 
     work: dict[str, Callable[[], object]] = {"frozen": frozen}
     work |= {name: partial(passes, side, case) for name, side in sides.items()}
-    once = min(harness.timed(each, 3) for each in work.values())
-    repeats = math.ceil(SAMPLE_SECONDS / once)
-    samples = harness.interleave(
-        {name: partial(harness.timed, each, repeats) for name, each in work.items()}, rounds=rounds
-    )
+    samples = harness.sample(work, rounds=rounds, seconds=SAMPLE_SECONDS)
     return {
         "dtype": dtype,
         "dropout": dropout,

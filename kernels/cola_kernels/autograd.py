@@ -106,7 +106,7 @@ def make_function(ops: Primitives) -> type[Function]:
             weights = nf4.join(mains, others, layouts)
             rows = x.reshape(-1, x.shape[-1])  # [M, K]
             mask = None if seed is None else ops.make_mask(seed, rows.shape[0], rows.shape[1], dropout)
-            s = ops.project(rows, _stack(lora_as).to(dtype), 1.0, dropout, mask)  # [M, sum of R]
+            s = ops.project(rows, stack(lora_as).to(dtype), 1.0, dropout, mask)  # [M, sum of R]
             ys = []
             for w, b, bias, scale, s_i in zip(weights, lora_bs, biases, scales, _split(s, lora_as), strict=True):
                 bias = None if bias is None else bias.to(dtype)
@@ -152,10 +152,10 @@ def make_function(ops: Primitives) -> type[Function]:
                 for dy, b, scale in zip(rows, lora_bs, scales, strict=True):
                     dss.append(ops.project(dy, b.to(dtype).t(), scale, 0.0, None))
             if needs_x or any(needs_a):
-                stacked = _stack(dss, dim=1)  # [M, sum of R]
+                stacked = stack(dss, dim=1)  # [M, sum of R]
                 mask = None if seed is None else ops.make_mask(seed, len(stacked), lora_as[0].shape[1], dropout)
             if needs_x:
-                a = _stack(lora_as).to(dtype)
+                a = stack(lora_as).to(dtype)
                 w = dense(weights[0], dtype)
                 dx = ops.seeded_matmul(rows[0], w, stacked, a, 1.0, None, dropout, mask)  # [M, K]
                 for dy, weight in zip(rows[1:], weights[1:], strict=True):
@@ -186,7 +186,25 @@ def apply(
     dropout: float,
     seed: int | Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Checks, autocast and seed, common to every backend; then the Function."""
+    """Checks, autocast and seed; then the Function."""
+    x = checked(x, weights, lora_as, lora_bs, scales, biases, dropout)
+    mask_seed = as_seed(seed, x.device) if dropout > 0 else None
+    mains, others, layouts = nf4.split([nf4.as_weight(weight) for weight in weights])
+    members = (*mains, *lora_as, *lora_bs, *biases, *others)
+    ys: tuple[Tensor, ...] = function.apply(x, mask_seed, tuple(scales), dropout, layouts, *members)
+    return ys
+
+
+def checked(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[float],
+    biases: Sequence[Tensor | None],
+    dropout: float,
+) -> Tensor:
+    """x in the dtype to compute in. Raises ValueError for what does not fit."""
     check_group(weights, lora_as, lora_bs, scales, biases)
     frozen = [nf4.as_weight(weight) for weight in weights]
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -199,11 +217,7 @@ def apply(
                 )
     for weight, a, b, bias in zip(frozen, lora_as, lora_bs, biases, strict=True):
         check_lora_linear(x, weight, a, b, bias, dropout)
-    mask_seed = as_seed(seed, x.device) if dropout > 0 else None
-    mains, others, layouts = nf4.split(frozen)
-    members = (*mains, *lora_as, *lora_bs, *biases, *others)
-    ys: tuple[Tensor, ...] = function.apply(x, mask_seed, tuple(scales), dropout, layouts, *members)
-    return ys
+    return x
 
 
 def _rows(dys: Sequence[Tensor | None], lora_bs: Sequence[Tensor]) -> list[Tensor]:
@@ -218,7 +232,7 @@ def _rows(dys: Sequence[Tensor | None], lora_bs: Sequence[Tensor]) -> list[Tenso
     ]
 
 
-def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 

@@ -1,6 +1,6 @@
 """Compile every kernel and configuration ahead of time, for GPUs that need not be there.
 
-    python -m cola_kernels.compile --targets sm_80,sm_90,sm_100,gfx942 [--jobs 2] [--only project]
+    python -m cola_kernels.compile --targets sm_80,sm_90,sm_100,gfx942 [--jobs 2] [--only project] [--output FILE]
 
 Prints registers, shared memory and spilled bytes of each; exits 1 if one does not compile, spills, or asks for more
 shared memory than the target has. The first candidate of a kernel is also the rule for GPUs without a tuned table, so
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -51,11 +52,12 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     config: Config
     rule: bool  # a first candidate
+    odd: bool = False  # M and R are no multiples of 16, which a launch finds out and compiles for
 
     def label(self) -> str:
         flags = [f"{k}={v}" for k, v in self.constants.items() if v is not None and v is not False]
         blocks = [f"{k}={v}" for k, v in self.config.items()]
-        return " ".join([self.name, self.dtype, *flags, *blocks])
+        return " ".join([self.name, self.dtype, *flags, *blocks, *(["odd"] if self.odd else [])])
 
 
 class Usage(NamedTuple):
@@ -64,13 +66,27 @@ class Usage(NamedTuple):
     shared: int  # bytes
 
 
+class Row(NamedTuple):
+    """What became of one case on one target; `usage` is None where it did not compile."""
+
+    target: str
+    kernel: str
+    usage: Usage | None
+    failure: str
+
+    def __str__(self) -> str:
+        numbers = "   -      -       -" if self.usage is None else "{:>4} {:>6} {:>7}".format(*self.usage)
+        return f"{self.target:<7} {numbers}  {self.kernel}" + (f"  {self.failure}" if self.failure else "")
+
+
 def cases() -> list[Case]:
-    """Everything the launchers can ask for, of one divisibility by 16."""
+    """Everything the launchers can ask for, with K and N multiples of 16, and M and R both or neither."""
     found: dict[str, Case] = {}
     for case in itertools.chain(_skinny_cases(), _matmul_cases(), _merge_cases(), _nf4_cases()):
         rule = case.rule or (case.label() in found and found[case.label()].rule)  # for any number of tokens
         found[case.label()] = case._replace(rule=rule)
-    return list(found.values())
+    odd = [case._replace(odd=True) for case in found.values() if "R" in case.kernel.arg_names]
+    return [*found.values(), *odd]
 
 
 def _shapes(largest: int) -> Iterator[Shape]:
@@ -86,11 +102,11 @@ def _skinny_cases() -> Iterator[Case]:
     for shape in _shapes(skinny.MAX_RANK_BLOCK):
         dtype = NAMES[shape.dtype]
         common = {**_dropout(shape), "BR": shape.rank, "stride_xk": 1}
-        for i, config in enumerate(filter(None, skinny.project_configs(shape))):
+        for i, config in enumerate(skinny.project_configs(shape)):
             # A is read as it lies; where dS alone is wanted, B is read as its transpose, and nothing is dropped.
             for unit in ("stride_ak",) if shape.dropout else ("stride_ak", "stride_ar"):
                 yield Case(skinny._project_kernel, "project", dtype, {}, {**common, unit: 1}, config, i == 0)
-        for i, strip in enumerate(filter(None, skinny.strip_configs(shape))):
+        for i, strip in enumerate(skinny.strip_configs(shape)):
             config = {k: v for k, v in strip.items() if k != "ROWS"}  # not a constant
             constants = {**common, "stride_dsr": 1}
             types = {"p_da": "*fp32"}
@@ -161,7 +177,7 @@ def compile_case(case: Case, target: str) -> Usage:
     constants = {**case.constants, **{k: v for k, v in case.config.items() if k not in options}}
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, case) for name in names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _divisible(name, signature[name])}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _divisible(name, signature[name], case)}
     compiled = triton.compile(ASTSource(case.kernel, signature, constants, attrs), target=_gpu(target), options=options)
     shared = compiled.metadata.shared
     if target.startswith("sm_"):
@@ -179,9 +195,10 @@ def _type(name: str, case: Case) -> str:
     return "fp32" if name == "scale" else "i32"
 
 
-def _divisible(name: str, kind: str) -> bool:
-    """What a launch would find out: aligned tensors, and all sizes but M, R and strides of R a multiple of 16."""
-    return kind.startswith("*") or (kind == "i32" and name not in ("M", "R", "threshold", "parts"))
+def _divisible(name: str, kind: str, case: Case) -> bool:
+    """What a launch would find out: aligned tensors, and sizes that are multiples of 16."""
+    unknown = ("threshold", "parts", *(("M", "R") if case.odd else ()))
+    return kind.startswith("*") or (kind == "i32" and name not in unknown)
 
 
 def _gpu(target: str) -> GPUTarget:
@@ -208,27 +225,31 @@ def _amd_field(compiled: Any, field: str) -> int:
     return int(found[1])
 
 
-def check(case: Case, target: str) -> tuple[str, bool]:
-    """One row of the table, and whether it passes."""
+def check(case: Case, target: str) -> Row:
     try:
         usage = compile_case(case, target)
     except Exception as error:  # whatever the compiler raises is this row's result
-        return (
-            f"{target:<7} {'-':>4} {'-':>6} {'-':>7}  {case.label()}  FAILED: {str(error).strip().splitlines()[-1:]}",
-            False,
-        )
+        return Row(target, case.label(), None, f"FAILED: {str(error).strip().splitlines()[-1:]}")
     limit = SMALL_AMPERE if case.rule and target == "sm_80" else SHARED_LIMITS[target]
-    verdict = "  SPILLS" if usage.spilled else ""
-    if usage.shared > limit:
-        verdict += f"  EXCEEDS {limit} bytes of shared memory"
-    row = f"{target:<7} {usage.registers:>4} {usage.spilled:>6} {usage.shared:>7}  {case.label()}{verdict}"
-    return row, not verdict
+    failures = ["SPILLS"] if usage.spilled else []
+    failures += [f"EXCEEDS {limit} bytes of shared memory"] if usage.shared > limit else []
+    return Row(target, case.label(), usage, ", ".join(failures))
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """As JSON, one line a row, with the compiler's version."""
+    lines = [json.dumps([row.target, *(row.usage or (None, None, None)), row.kernel, row.failure]) for row in rows]
+    columns = json.dumps(["target", "registers", "spilled bytes", "shared bytes", "kernel", "failure"])
+    body = ",\n  ".join(lines)
+    text = f'{{\n "triton": "{triton.__version__}",\n "columns": {columns},\n "rows": [\n  {body}\n ]\n}}\n'
+    path.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cola_kernels.compile", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", default="sm_80,sm_90,sm_100", help=f"of {', '.join(SHARED_LIMITS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, help="a JSON file for the rows")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     options = parser.parse_args(arguments)
     targets = options.targets.split(",")
@@ -238,20 +259,23 @@ def main(arguments: list[str] | None = None) -> int:
     if backend.INTERPRET:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
     chosen = [(c, i) for i, c in enumerate(cases()) if options.only in c.name]
-    failures = dict.fromkeys(targets, 0)
+    rows: list[Row] = []
     print(f"{'target':<7} {'regs':>4} {'spill':>6} {'shared':>7}  kernel")
     # Fresh processes: a compiler that crashes takes no other row with it, and threads of torch are not forked.
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for target in targets:
             indices = [i for c, i in chosen if runs_on(c, target)]
-            for row, passed in pool.map(functools.partial(_check_index, target), indices, chunksize=4):
+            for row in pool.map(functools.partial(_check_index, target), indices, chunksize=4):
                 print(row, flush=True)
-                failures[target] += not passed
-            print(f"{target}: {len(indices)} compiled, {failures[target]} failed", flush=True)
-    return 1 if any(failures.values()) else 0
+                rows.append(row)
+            failed = sum(bool(row.failure) for row in rows if row.target == target)
+            print(f"{target}: {len(indices)} compiled, {failed} failed", flush=True)
+    if options.output:
+        write(options.output, rows)
+    return 1 if any(row.failure for row in rows) else 0
 
 
-def _check_index(target: str, index: int) -> tuple[str, bool]:
+def _check_index(target: str, index: int) -> Row:
     return check(_all_cases()[index], target)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from .backend import INTERPRET
 from .philox import dropout_threshold, inverse_keep
 from .tiles import dot, draws
-from .tuning import Config, Shape, bucket, choose, rank_block
+from .tuning import Config, Shape, bucket, cdiv, choose, rank_block
 
 MAX_RANK_BLOCK = 32  # of U V; a larger rank takes several
 
@@ -49,7 +49,7 @@ def _product(
 ):
     """One tile of U V, in fp32."""
     acc = tl.zeros([BM, BP], tl.float32)
-    for r in range(0, R, BR):
+    for r in tl.range(0, R, BR, num_stages=1):  # seldom two rounds: not worth a pipeline's registers
         o_r = r + tl.arange(0, BR)
         m_u = (o_m < M)[:, None] & (o_r < R)[None, :]
         b_u = tl.load(p_u + o_m[:, None] * stride_um + o_r[None, :] * stride_ur, mask=m_u, other=0.0)  # [BM, BR]
@@ -158,11 +158,11 @@ def _gemm_kernel(
 def seed_configs(shape: Shape) -> list[Config]:
     if shape.dtype == torch.float32:
         return [{"BM": 32, "BP": 32, "num_warps": 4, "num_stages": 1}]
-    return [
-        {"BM": 64, "BP": 128, "num_warps": 4, "num_stages": 2},
+    large = [
         {"BM": 128, "BP": 128, "num_warps": 8, "num_stages": 2},
         {"BM": 64, "BP": 256, "num_warps": 8, "num_stages": 2},
     ]
+    return large if shape.dropout else [{"BM": 64, "BP": 128, "num_warps": 4, "num_stages": 2}, *large]
 
 
 def gemm_configs(shape: Shape, tma: bool) -> list[Config | None]:
@@ -199,10 +199,15 @@ def launch_seeded_matmul(
         return x.new_empty(m, p)
     shape = Shape(x.device, x.dtype, bucket(m), p, rank_block(u.shape[1], u.dtype, MAX_RANK_BLOCK), seed is not None)
     tma = has_tma(x.device)
-    config = choose(f"gemm/L{x.shape[1]}", functools.partial(gemm_configs, tma=tma), shape)
+    config = choose(gemm_name(w), functools.partial(gemm_configs, tma=tma), shape)
     if config is not None and (not tma or (_describable(x) and _describable(_as_stored(w)))):
         return run_gemm(config, x, w, u, v, scale, bias)
     return launch_seed(u, v, scale, bias, dropout, seed).addmm_(x, w)
+
+
+def gemm_name(w: Tensor) -> str:
+    """As tables know the product: also by how W [L, P] lies in memory, rows of P (N) or of L (T)."""
+    return f"gemm/{'T' if w.stride(0) == 1 else 'N'}/L{w.shape[0]}"
 
 
 def launch_seed(u: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: float, seed: Tensor | None) -> Tensor:
@@ -225,7 +230,7 @@ def run_seed(
 ) -> Tensor:
     (m, r), p = u.shape, v.shape[1]
     c = u.new_empty(m, p)
-    _seed_kernel[(triton.cdiv(m, config["BM"]) * triton.cdiv(p, config["BP"]),)](
+    _seed_kernel[(cdiv(m, config["BM"]) * cdiv(p, config["BP"]),)](
         u,
         v,
         bias,
@@ -259,7 +264,7 @@ def run_gemm(config: Config, x: Tensor, w: Tensor, u: Tensor, v: Tensor, scale: 
         # Descriptors made here travel as launch parameters; made in the kernel they would need a global allocator.
         block = [bp, bl] if w_rows_are_p else [bl, bp]
         operands = (TensorDescriptor.from_tensor(x, [bm, bl]), TensorDescriptor.from_tensor(_as_stored(w), block))
-    tiles = triton.cdiv(m, bm) * triton.cdiv(p, bp)
+    tiles = cdiv(m, bm) * cdiv(p, bp)
     _gemm_kernel[(min(tiles, _processors(x.device)),)](
         *operands,
         u,
@@ -284,6 +289,7 @@ def run_gemm(config: Config, x: Tensor, w: Tensor, u: Tensor, v: Tensor, scale: 
     return c
 
 
+@functools.cache
 def has_tma(device: torch.device) -> bool:
     if device.type != "cuda":
         return INTERPRET
@@ -302,5 +308,6 @@ def _describable(matrix: Tensor) -> bool:
     return unit == 1 and stride * size % 16 == 0 and matrix.data_ptr() % 16 == 0 and stride >= matrix.shape[1]
 
 
+@functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -17,7 +17,7 @@ from .checks import check_merge
 from .philox import as_seed
 from .reference import DROPPED_BITS, FoldReport
 from .tiles import dot, draws
-from .tuning import Config
+from .tuning import Config, cdiv
 
 # Memory-bound and run once a link: one configuration. BR is how much of the rank one step of the product takes.
 CONFIG: Config = {"BN": 32, "BK": 128, "BR": 16, "num_warps": 4, "num_stages": 2}
@@ -104,7 +104,7 @@ def merge_(
     if weight.numel() == 0:
         return FoldReport(retained=1.0, error=0.0) if report else None
     dropped = DROPPED_BITS.get(weight.dtype, 0) if rounding == "stochastic" else 0
-    tiles = triton.cdiv(n, CONFIG["BN"]) * triton.cdiv(k, CONFIG["BK"])
+    tiles = cdiv(n, CONFIG["BN"]) * cdiv(k, CONFIG["BK"])
     sums = weight.new_empty(3, tiles, dtype=torch.float32) if report else None
     a, b = lora_a.detach(), lora_b.detach()
     _merge_kernel[(tiles,)](

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backend, nf4, nf4_fold, reference
+from . import autograd, backend, nf4, nf4_fold, reference, small
 from .nf4 import NF4
 from .reference import FoldReport
 
@@ -111,10 +111,6 @@ def _triton_function() -> type[torch.autograd.Function] | None:
 _TRITON = _triton_function()
 
 
-def _function(x: Tensor) -> type[torch.autograd.Function]:
-    return _TRITON if backend.use_triton(x) and _TRITON is not None else reference.FUNCTION
-
-
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -131,7 +127,7 @@ def lora_linear(
     `reference.lora_linear` says what the arguments are. On a GPU this runs Triton kernels, elsewhere the reference;
     both draw the same dropout mask from the same seed.
     """
-    (y,) = autograd.apply(_function(x), x, [weight], [lora_a], [lora_b], [scale], [bias], dropout, seed)
+    (y,) = lora_linear_group(x, [weight], [lora_a], [lora_b], [scale], [bias], dropout=dropout, seed=seed)
     return y
 
 
@@ -150,7 +146,11 @@ def lora_linear_group(
 
     `reference.lora_linear_group` says what the arguments are; the backend is chosen as for `lora_linear`.
     """
-    return autograd.apply(_function(x), x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
+    if _TRITON is None or not backend.use_triton(x):
+        return reference.lora_linear_group(x, weights, lora_as, lora_bs, scales, biases, dropout=dropout, seed=seed)
+    if dropout == 0 and small.is_small(x, weights):
+        return small.lora_linear_group(x, weights, lora_as, lora_bs, scales, biases)
+    return autograd.apply(_TRITON, x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
 
 
 def merge_(

@@ -7,9 +7,6 @@
 The last two reduce over M, so programs leave fp32 partial sums, which `_sum_kernel` adds in a fixed order: the result
 does not depend on scheduling, as it would with atomics. Dropout is made again in flight. It scales by a constant, which
 is applied to the product rather than to every element of x.
-
-With few tokens the operands stay in cache and launches are what costs: there, without dropout, a configuration of None
-is cuBLAS, as the reference calls it.
 """
 
 from __future__ import annotations
@@ -19,12 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
 from .philox import dropout_threshold, inverse_keep
 from .tiles import dot, draws
-from .tuning import Config, Shape, choose, rank_block
+from .tuning import Config, Shape, cdiv, choose, rank_block
 
-SMALL = 1024  # tokens
 MAX_RANK_BLOCK = 128  # a larger rank is cut, and x read once for each block
 MAX_RANK_BLOCK_OUTPUT = 64  # output_grads holds two products at once
 
@@ -172,50 +167,45 @@ def _sum_kernel(p_parts, p_out, parts, count, scale, BT: tl.constexpr, BC: tl.co
 SUM_CONFIG: Config = {"BT": 16, "BC": 256, "num_warps": 4}
 
 
-def project_configs(shape: Shape) -> list[Config | None]:
-    cublas: list[Config | None] = [None] if _is_small(shape) else []
+def project_configs(shape: Shape) -> list[Config]:
     if shape.dtype == torch.float32:  # multiplied without tensor cores: small tiles keep the unrolled code small
-        return [*cublas, {"BM": 32, "BK": 32, "num_warps": 4, "num_stages": 2}]
+        return [{"BM": 32, "BK": 32, "num_warps": 4, "num_stages": 2}]
     # A is read again for every BM rows of x, from L2: the larger the rank, the taller the tile.
-    short: list[Config | None] = [
+    short: list[Config] = [
         {"BM": 16, "BK": 256, "num_warps": 8, "num_stages": 3},
         {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 4},
     ]
-    middle: list[Config | None] = [
+    middle: list[Config] = [
         {"BM": 32, "BK": 128, "num_warps": 8, "num_stages": 3},
         {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 3},
     ]
-    tall: list[Config | None] = [
+    tall: list[Config] = [
         {"BM": 64, "BK": 128, "num_warps": 8, "num_stages": 2},
         {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 2},
     ]
     if shape.rank > 64:
-        return [*cublas, {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 3}]
+        return [{"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 3}]
     if shape.rank > 32:
-        return [*cublas, *middle, *tall] if shape.m <= 2048 else [*tall, *middle]
-    return [*cublas, *short, *middle] if shape.m <= 2048 else [*middle, *tall, *short]
+        middle = middle[1:]  # the first spills on sm_80
+        return [*middle, *tall] if shape.m <= 2048 else [*tall, *middle]
+    return [*short, *middle] if shape.m <= 2048 else [*middle, *tall, *short]
 
 
-def strip_configs(shape: Shape) -> list[Config | None]:
+def strip_configs(shape: Shape) -> list[Config]:
     """For the kernels that walk down M: BC columns wide, ROWS rows long."""
-    cublas: list[Config | None] = [None] if _is_small(shape) else []
     if shape.dtype == torch.float32:
-        return [*cublas, {"BM": 16, "BC": 32, "ROWS": 256, "num_warps": 4, "num_stages": 2}]
+        return [{"BM": 16, "BC": 32, "ROWS": 256, "num_warps": 4, "num_stages": 2}]
     rows = 128 if shape.m <= 2048 else 512  # few tokens: shorter runs, so that there are programs for every processor
-    wide: list[Config | None] = [
+    wide: list[Config] = [
         {"BM": 32, "BC": 256, "ROWS": rows, "num_warps": 8, "num_stages": 3},
         {"BM": 32, "BC": 256, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
     ]
-    narrow: list[Config | None] = [
+    narrow: list[Config] = [
         {"BM": 64, "BC": 128, "ROWS": rows, "num_warps": 8, "num_stages": 3},
         {"BM": 64, "BC": 128, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
         {"BM": 32, "BC": 128, "ROWS": rows * 2, "num_warps": 4, "num_stages": 3},
     ]
-    return [*cublas, *wide, *narrow] if shape.rank <= 32 else [*cublas, *narrow]
-
-
-def _is_small(shape: Shape) -> bool:
-    return shape.m <= SMALL and not shape.dropout
+    return [*wide, *narrow] if shape.rank <= 32 else [*narrow]
 
 
 def launch_project(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
@@ -224,17 +214,13 @@ def launch_project(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Ten
     return run_project(config, x, a, scale, dropout, seed)
 
 
-def run_project(
-    config: Config | None, x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None
-) -> Tensor:
-    if config is None:
-        return reference.project(x, a, scale, dropout, seed)
+def run_project(config: Config, x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
     (m, k), r = x.shape, a.shape[0]
     s = x.new_empty(m, r)
     if m == 0:
         return s
     br = rank_block(r, x.dtype, MAX_RANK_BLOCK)
-    _project_kernel[(triton.cdiv(m, config["BM"]), triton.cdiv(r, br))](
+    _project_kernel[(cdiv(m, config["BM"]), cdiv(r, br))](
         x,
         a,
         s,
@@ -260,19 +246,17 @@ def launch_output_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: t
 
 
 def run_output_grads(
-    config: Config | None, dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype
+    config: Config, dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    if config is None:
-        return reference.output_grads(dy, b, s, scale, dtype)
     (m, n), r = dy.shape, b.shape[1]
     ds, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=dtype)
     if m == 0:
         return ds, db.zero_()
     br = rank_block(r, dy.dtype, MAX_RANK_BLOCK_OUTPUT)
-    strips, runs = triton.cdiv(n, config["BC"]), triton.cdiv(m, config["ROWS"])
+    strips, runs = cdiv(n, config["BC"]), cdiv(m, config["ROWS"])
     ds_parts = dy.new_empty(strips, m, r, dtype=torch.float32)
     db_parts = dy.new_empty(runs, n, r, dtype=torch.float32)
-    _output_grads_kernel[(strips, runs, triton.cdiv(r, br))](
+    _output_grads_kernel[(strips, runs, cdiv(r, br))](
         dy,
         b,
         s,
@@ -297,18 +281,16 @@ def launch_factor_grad(ds: Tensor, x: Tensor, dropout: float, seed: Tensor | Non
 
 
 def run_factor_grad(
-    config: Config | None, ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype
+    config: Config, ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    if config is None:
-        return reference.factor_grad(ds, x, dropout, seed, dtype)
     (m, k), r = x.shape, ds.shape[1]
     da = x.new_empty(r, k, dtype=dtype)
     if m == 0:
         return da.zero_()
     br = rank_block(r, x.dtype, MAX_RANK_BLOCK)
-    strips, runs = triton.cdiv(k, config["BC"]), triton.cdiv(m, config["ROWS"])
+    strips, runs = cdiv(k, config["BC"]), cdiv(m, config["ROWS"])
     parts = x.new_empty(runs, r, k, dtype=torch.float32)
-    _factor_grad_kernel[(strips, runs, triton.cdiv(r, br))](
+    _factor_grad_kernel[(strips, runs, cdiv(r, br))](
         ds,
         x,
         parts,
@@ -328,5 +310,5 @@ def run_factor_grad(
 
 def _sum(parts: Tensor, scale: float, out: Tensor) -> Tensor:
     count = out.numel()
-    _sum_kernel[(triton.cdiv(count, SUM_CONFIG["BC"]),)](parts, out, parts.shape[0], count, scale, **SUM_CONFIG)
+    _sum_kernel[(cdiv(count, SUM_CONFIG["BC"]),)](parts, out, parts.shape[0], count, scale, **SUM_CONFIG)
     return out

@@ -117,10 +117,10 @@ def assert_within_rule(got: dict[str, Tensor], problem: Problem) -> None:
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public ops run Triton, whatever the environment says and however few the tokens."""
     pytest.importorskip("triton")
-    from cola_kernels import skinny
+    from cola_kernels import small
 
     monkeypatch.setattr(backend, "BACKEND", "triton")
-    monkeypatch.setattr(skinny, "SMALL", 0)
+    monkeypatch.setattr(small, "LAUNCH_BOUND", 0)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,11 +20,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_compiles_without_a_gpu():
-    result = run("--targets", "sm_80,sm_90", "--only", "merge", "--jobs", "1")
+def test_compiles_without_a_gpu(tmp_path):
+    output = tmp_path / "aot.json"
+    result = run("--targets", "sm_80,sm_90", "--only", "merge", "--jobs", "1", "--output", str(output))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "sm_80: 6 compiled, 0 failed" in result.stdout
-    assert "sm_90: 6 compiled, 0 failed" in result.stdout
+    assert "sm_80: 12 compiled, 0 failed" in result.stdout
+    assert "sm_90: 12 compiled, 0 failed" in result.stdout
+    rows = json.loads(output.read_text())["rows"]
+    assert [row[0] for row in rows] == ["sm_80"] * 12 + ["sm_90"] * 12
+    assert all(registers > 0 and not spilled and not failure for _, registers, spilled, _, _, failure in rows)
 
 
 def test_a_bad_row_fails_the_run():
@@ -32,10 +37,10 @@ def test_a_bad_row_fails_the_run():
         "import sys; from cola_kernels import compile as aot\n"
         "case = next(c for c in aot.cases() if c.name == 'project')\n"
         "aot.SHARED_LIMITS['sm_90'] = 1\n"
-        "row, passed = aot.check(case, 'sm_90')\n"
-        "assert not passed and 'EXCEEDS 1 bytes' in row, row\n"
-        "row, passed = aot.check(case._replace(constants={}), 'sm_90')\n"
-        "assert not passed and 'FAILED' in row, row\n"
+        "row = aot.check(case, 'sm_90')\n"
+        "assert 'EXCEEDS 1 bytes' in row.failure and row.failure in str(row), row\n"
+        "row = aot.check(case._replace(constants={}), 'sm_90')\n"
+        "assert 'FAILED' in row.failure and row.usage is None and row.failure in str(row), row\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
@@ -54,3 +59,4 @@ def test_the_table_holds_every_kernel_and_few_configurations():
         *("dequantize", "nf4_codes", "nf4_block"),
     }
     assert len({c.label() for c in cases}) == len(cases)
+    assert {c.name for c in cases if c.odd} == {c.name for c in cases} - {"sum"}

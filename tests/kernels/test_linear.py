@@ -12,7 +12,7 @@ from cola_kernels import reference
 from .conftest import DEVICE, TRITON_DTYPES, assert_within_rule, dtype_id, error, leaves, make_problem, ours
 
 pytest.importorskip("triton")
-from cola_kernels import matmul, skinny, tuning
+from cola_kernels import matmul, skinny, small, tuning
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 
@@ -214,14 +214,14 @@ def test_more_elements_than_int32_counts():
         assert error(got[name] / 1100, alone[name]) < 1e-2, name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_few_tokens_go_to_cublas_where_nothing_is_dropped(monkeypatch, dropout):
-    monkeypatch.setattr(skinny, "SMALL", 1024)
+@pytest.mark.parametrize(("dropout", "bound", "launches"), [(0.0, 10**6, 0), (0.0, 10, 1), (0.3, 10**6, 1)])
+def test_little_work_goes_to_plain_pytorch_where_nothing_is_dropped(monkeypatch, dropout, bound, launches):
+    monkeypatch.setattr(small, "LAUNCH_BOUND", bound)
     kernels = []
     monkeypatch.setattr(skinny, "_project_kernel", _Recorder(skinny._project_kernel, kernels))
     problem = make_problem(20, 40, 24, 4, torch.float32, dropout=dropout)
     assert_within_rule(ours(cola_kernels.lora_linear, problem), problem)
-    assert len(kernels) == (1 if dropout else 0)
+    assert len(kernels) == launches
 
 
 class _Recorder:

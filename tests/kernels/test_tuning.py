@@ -72,7 +72,7 @@ def test_a_table_grows_and_is_named_after_the_gpu(cache):
 
 def test_tuning_finds_the_fastest_and_the_launchers_ask_for_its_keys(cache, monkeypatch):
     """With a made-up clock: the last candidate wins everywhere, and a forward and backward then launch just those."""
-    inputs = tune.make_inputs(20, 24, 40, 4, torch.float16, torch.device(DEVICE))
+    inputs = tune.make_inputs(tune.Problem(20, 24, 40, 4, torch.float16), torch.device(DEVICE))
     entries = {}
     for job in tune.jobs(inputs):
         ticks = iter(range(len(job.candidates), 0, -1))
@@ -97,15 +97,35 @@ def test_tuning_finds_the_fastest_and_the_launchers_ask_for_its_keys(cache, monk
 
 
 def test_noise_does_not_replace_the_rule():
-    job = tune.Job("key", [{"BM": 1}, {"BM": 2}], lambda config: None)
+    job = tune.Job("key", [{"BM": 1}, {"BM": 2}], lambda config: None, 0)
     times = iter((1.0, 0.99))
     assert tune.fastest(job, lambda call: next(times)) == ({"BM": 1}, 1.0)
 
 
+def run_tune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-m", "cola_kernels.tune", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **environment}, check=False
+    )
+
+
+def test_the_command_compiles_in_processes_and_writes_a_table(tmp_path):
+    small = ("--layers", "24x40", "--tokens", "20", "--ranks", "4", "--dtype", "float16", "--jobs", "2")
+    result = run_tune(*small, "--output", str(tmp_path), "--seconds", "100")
+    assert result.returncode == 0, result.stderr
+    entries = json.loads((tmp_path / tuning.table_name(tuning.gpu_name(torch.device(DEVICE)))).read_text())["entries"]
+    assert {key.split("/")[0] for key in entries} == {"project", "factor_grad", "output_grads", "seed", "gemm"}
+    assert {key.split("/")[1] for key in entries if key.startswith("gemm")} == {"N", "T"}
+
+
+def test_tuning_stops_when_its_time_is_up():
+    problems = [tune.Problem(20, 24, 40, 4, torch.float32)] * 3
+    assert list(tune.tune(problems, torch.device(DEVICE), lambda call: 1.0, seconds=0.0)) == []
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU to tune")
 def test_tune_without_a_gpu_says_so():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-m", "cola_kernels.tune"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    result = run_tune(TRITON_INTERPRET="0")
     assert result.returncode == 2
     assert "no GPU is visible" in result.stderr
