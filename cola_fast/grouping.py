@@ -180,8 +180,13 @@ class _Group:
 
     def runs(self, node: Any, now: _Moment) -> None:
         """Remember a call that a backward pass may yet recompute."""
-        if now.backward == OUTSIDE:
-            self.nodes.add(ref(node, self.nodes.discard))
+        if now.backward != OUTSIDE:
+            return
+        if not hasattr(node, "_raw_saved_tensors"):  # PyTorch's own: no weak references, no look inside
+            call = _Call()
+            node.register_prehook(call)
+            node = call
+        self.nodes.add(ref(node, self.nodes.discard))
 
     def wasted(self, then: _Moment) -> None:
         """An output was not asked for. In a recomputation that may be, since it ends when it has what it needs."""
@@ -260,8 +265,19 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+class _Call:
+    """Lives as long as the autograd node that it is a hook of, and knows whether a backward pass has come."""
+
+    done = False
+
+    def __call__(self, gradients: Any) -> None:
+        self.done = True
+
+
 def _unfinished(node: Any) -> bool:
     """Whether a backward pass may still come through this autograd node."""
+    if isinstance(node, _Call):
+        return not node.done
     try:
         return node is not None and bool(node._raw_saved_tensors)  # a look that unpacks nothing
     except RuntimeError:  # freed by the backward pass

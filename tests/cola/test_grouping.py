@@ -24,8 +24,26 @@ import cola_kernels.autograd
 from cola_fast import attach, grouping, load_chain
 from cola_fast.grouping import Grouping
 from cola_fast.layer import LoRALinear
+from cola_kernels import small
 
 from ..conftest import disturb, tiny_llama
+
+
+@pytest.fixture(params=["fused", "plain"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with the fused op, and once with what a GPU runs where little is to do: nodes of PyTorch's own autograd."""
+    if request.param == "fused":
+        return
+    fused = grouping.lora_linear_group
+
+    def group(x: Tensor, *members: Any, dropout: float) -> tuple[Tensor, ...]:
+        return fused(x, *members, dropout=dropout) if dropout else small.lora_linear_group(x, *members)
+
+    def one(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, bias: Any, *, dropout: float) -> Tensor:
+        return group(x, [weight], [a], [b], [scale], [bias], dropout=dropout)[0]
+
+    monkeypatch.setattr(grouping, "lora_linear_group", group)
+    monkeypatch.setattr(grouping, "lora_linear", one)
 
 
 @pytest.fixture
