@@ -76,7 +76,7 @@ class Grouping:
             if group is None:
                 self._thread.last = self._learn(layer, x, now, y.grad_fn, last)
             elif group.leader is layer:
-                group.runs(y.grad_fn, now)
+                group.runs(y.grad_fn)
         return y
 
     def forget(self, layer: nn.Module) -> None:
@@ -115,7 +115,7 @@ class Grouping:
         weights, lora_as, lora_bs, scales, biases, dropouts = zip(*members, strict=True)
         y, *rest = lora_linear_group(x, weights, lora_as, lora_bs, scales, biases, dropout=dropouts[0])
         if y.grad_fn is not None:
-            group.runs(y.grad_fn, now)
+            group.runs(y.grad_fn)
         others = zip(group.refs[1:], members[1:], rest, strict=True)
         outputs = {layer: _Output(value, operands, _state(operands)) for layer, operands, value in others}
         self._thread.waiting = _Waiting(group, x, now, outputs)
@@ -123,12 +123,11 @@ class Grouping:
 
     def _learn(self, layer: nn.Module, x: Tensor, now: _Moment, node: Any, last: _Last | None) -> _Last:
         """The layer's first call with autograd: it joins the group of the call before it, or begins one."""
-        now = now._replace(hooks=None)  # they would keep a checkpointed region's inputs alive
         if last is not None and last.x() is x and last.moment == now:
             last.group.add(layer)
         else:
             last = _Last(ref(x), now, _Group([ref(layer)]))
-        last.group.runs(node, now)
+        last.group.runs(node)
         self._groups[layer] = last.group
         return last
 
@@ -178,10 +177,8 @@ class _Group:
         self.refs.append(ref(layer))
         self.wanted = True
 
-    def runs(self, node: Any, now: _Moment) -> None:
+    def runs(self, node: Any) -> None:
         """Remember a call that a backward pass may yet recompute."""
-        if now.backward != OUTSIDE:
-            return
         if not hasattr(node, "_raw_saved_tensors"):  # PyTorch's own: no weak references, no look inside
             call = _Call()
             node.register_prehook(call)
