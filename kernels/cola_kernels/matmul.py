@@ -157,7 +157,7 @@ def _gemm_kernel(
 
 def seed_configs(shape: Shape) -> list[Config]:
     if shape.dtype == torch.float32:
-        return [{"BM": 32, "BP": 32, "num_warps": 4, "num_stages": 1}]
+        return [{"BM": 16, "BP": 32, "num_warps": 4, "num_stages": 1}]
     large = [
         {"BM": 128, "BP": 128, "num_warps": 8, "num_stages": 2},
         {"BM": 64, "BP": 256, "num_warps": 8, "num_stages": 2},

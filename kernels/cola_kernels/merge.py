@@ -20,7 +20,7 @@ from .tiles import dot, draws
 from .tuning import Config, cdiv
 
 # Memory-bound and run once a link: one configuration. BR is how much of the rank one step of the product takes.
-CONFIG: Config = {"BN": 32, "BK": 128, "BR": 16, "num_warps": 4, "num_stages": 2}
+CONFIG: Config = {"BN": 32, "BK": 128, "BR": 16, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit

@@ -185,8 +185,10 @@ def project_configs(shape: Shape) -> list[Config]:
     ]
     if shape.rank > 64:
         return [{"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 3}]
+    if shape.rank > 32 or shape.dropout:
+        tall = tall[1:]  # the first spills
     if shape.rank > 32:
-        middle = middle[1:]  # the first spills on sm_80
+        middle = middle[1:]  # likewise
         return [*middle, *tall] if shape.m <= 2048 else [*tall, *middle]
     return [*short, *middle] if shape.m <= 2048 else [*middle, *tall, *short]
 
@@ -203,8 +205,9 @@ def strip_configs(shape: Shape) -> list[Config]:
     narrow: list[Config] = [
         {"BM": 64, "BC": 128, "ROWS": rows, "num_warps": 8, "num_stages": 3},
         {"BM": 64, "BC": 128, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
-        {"BM": 32, "BC": 128, "ROWS": rows * 2, "num_warps": 4, "num_stages": 3},
     ]
+    if not shape.dropout:
+        narrow.append({"BM": 32, "BC": 128, "ROWS": rows * 2, "num_warps": 4, "num_stages": 3})
     return [*wide, *narrow] if shape.rank <= 32 else [*narrow]
 
 
