@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from . import harness
+from .registry import Options
 from .report import describe, markdown
 
 PLOT = harness.RESULTS / "gelora.png"
 EXAMPLES, BATCH = 2000, 32
 
 
-def run(*, quick: bool) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     from cola_fast import assets, geometry
     from cola_fast.ranks import block_ranks
 
-    count = 200 if quick else EXAMPLES
+    count = 200 if options.quick else EXAMPLES
     lines = assets.sentiment("movie")["train"].read_text(encoding="utf-8").splitlines()[:count]
     texts = [json.loads(line)["text"] for line in lines]
     found = []

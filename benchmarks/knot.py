@@ -31,6 +31,7 @@ from cola_fast.models import context_length, load_model, load_tokenizer
 from cola_fast.trainer import train
 
 from . import harness
+from .registry import Options
 from .report import describe, markdown
 
 ROUNDS = 5
@@ -42,7 +43,8 @@ WAYS = {  # base kind and rounding
 PEFT = "PEFT merge_and_unload"
 
 
-def run(*, quick: bool) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
+    quick = options.quick
     seeds = range(1 if quick else 3)
     return {"time": _time(quick), "kept": [_kept(seed, quick) for seed in seeds]}
 
