@@ -37,7 +37,7 @@ def run(options: Options) -> dict[str, Any]:
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         blocks = block_ranks(model, batches(tokenizer, texts), targets="all-linear")
         found.append(geometry.Geometry(folder.name, "movie-review sentences", len(texts), None, tuple(blocks)))
-    if not quick:
+    if not options.quick:
         PLOT.parent.mkdir(parents=True, exist_ok=True)
         PLOT.write_bytes(geometry.draw(found))
     return {"models": [one.to_dict() for one in found]}
