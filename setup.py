@@ -10,9 +10,9 @@ from setuptools import setup
 
 demo = ["gguf>=0.10"]
 bitsandbytes = ["bitsandbytes>=0.46"]
-peers = ["peft>=0.17", "trl>=0.20", "accelerate>=1.0"]
+peers = ["peft>=0.19", "trl>=0.20", "accelerate>=1.0"]
 loggers = ["tensorboard>=2.14", "trackio>=0.2"]
-tests = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-tqdm", "peft>=0.17"]
+tests = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-tqdm"]
 
 setup(
     name="cola_fast",
@@ -22,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["cola_fast", "cola_kernels"],
+    packages=["cola_fast", "cola_fast.methods", "cola_kernels"],
     package_dir={"cola_kernels": "kernels/cola_kernels"},
     package_data={"cola_fast": ["py.typed", "demo.yaml"], "cola_kernels": ["py.typed", "tables/*.json"]},
     install_requires=[
@@ -41,7 +41,7 @@ setup(
         "demo": demo,
         "peers": peers,
         "loggers": loggers,
-        "tests": tests + demo + bitsandbytes,
+        "tests": tests + demo + bitsandbytes + peers,
     },
     entry_points={"console_scripts": ["cola = cola_fast.cli:main"]},
 )

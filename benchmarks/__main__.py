@@ -77,10 +77,12 @@ def _run(name: str, out: Path | None, options: Options) -> int:
 
 
 def _report(readme: Path) -> int:
+    from cola_fast import methods
+
     from . import harness
     from .report import fill
 
-    blocks: dict[str, str] = {}
+    blocks = {"methods": methods.table()}
     for name, entry in SUITES.items():
         for result in harness.read_results(name):
             for block, table in entry.load().tables(result).items():

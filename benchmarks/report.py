@@ -1,4 +1,5 @@
-"""Tables in the README, between `<!-- benchmark:NAME -->` and `<!-- end -->`, always written from the results."""
+"""Tables in the README, between `<!-- benchmark:NAME -->` and `<!-- end -->`, always written from the results
+(`methods`: from the registry of methods)."""
 
 from __future__ import annotations
 

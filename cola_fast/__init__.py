@@ -9,20 +9,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .callback import ChainCallback
     from .chain import Chain, attach, load_chain
+    from .drop_in import accelerate_peft, restore_peft
     from .errors import UserError
     from .layer import LoRALinear
+    from .ranks import gelora_ranks
     from .trainer import train
 
 __version__ = "0.1.0"
-__all__ = ["Chain", "LoRALinear", "UserError", "attach", "load_chain", "train"]
+__all__ = [
+    "Chain",
+    "ChainCallback",
+    "LoRALinear",
+    "UserError",
+    "accelerate_peft",
+    "attach",
+    "gelora_ranks",
+    "load_chain",
+    "restore_peft",
+    "train",
+]
 
 _HOMES = {
     "Chain": "chain",
+    "ChainCallback": "callback",
     "LoRALinear": "layer",
     "UserError": "errors",
+    "accelerate_peft": "drop_in",
     "attach": "chain",
+    "gelora_ranks": "ranks",
     "load_chain": "chain",
+    "restore_peft": "drop_in",
     "train": "trainer",
 }
 

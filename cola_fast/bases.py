@@ -1,14 +1,27 @@
-"""Bases: where a module's sealed links live. One small class a kind, chosen once for a chain."""
+"""Bases: where a module's sealed links live. One small class a kind, chosen once for a chain.
+
+dense    in the weights, fp32, bf16 or fp16. Rounded once; nothing grows.
+nf4      in the 4-bit codes of bitsandbytes weights, scales frozen. Nothing grows, but a fold has noise, as large as
+         that of quantising; what it kept is reported.
+ledger   beside weights that never change, as frozen factors in the same fused op. Exact on any weights; memory and
+         time grow by R (N + K) numbers a module with every link.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
-from cola_kernels import FoldReport, merge_
+import torch
+from torch import nn
+
+from cola_kernels import FoldReport, merge_, nf4_merge_
 
 from .errors import UserError
-from .layer import LoRALinear
+from .layer import LoRALinear, is_nf4
 from .peft_format import Factors
+
+ROUNDINGS = ("auto", "nearest", "stochastic")
 
 
 class Base(Protocol):
@@ -34,11 +47,51 @@ class DenseBase:
         return merge_(weight, a, b, factors.scale, rounding=self.rounding, seed=seed, report=report)
 
 
-def choose_base(kind: str, rounding: str) -> Base:
-    """`auto` is dense: the only kind of weights `attach` takes so far. Its rounding is `stochastic`, which keeps in
-    expectation all of an update that is smaller than a 16-bit weight's spacing; fp32 weights do not need it."""
-    if kind not in ("auto", "dense"):
-        raise UserError(f"base is {kind!r}, but must be auto or dense.")
-    if rounding not in ("auto", "nearest", "stochastic"):
-        raise UserError(f"rounding is {rounding!r}, but must be auto, nearest or stochastic.")
-    return DenseBase("stochastic" if rounding == "auto" else rounding)
+class NF4Base(DenseBase):
+    """NF4 weights, changed in place; weights that the model keeps dense, as in `DenseBase`."""
+
+    kind = "nf4"
+
+    def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
+        if not is_nf4(layer):
+            return super().fold(layer, factors, seed, report=report)
+        a, b = factors.a.to(layer.weight.device), factors.b.to(layer.weight.device)
+        return nf4_merge_(layer.weight, a, b, factors.scale, rounding=self.rounding, seed=seed)
+
+
+class LedgerBase:
+    """Weights that never change: links are kept as concatenated frozen factors, in the dtype the layer computes in."""
+
+    kind = "ledger"
+    rounding = "auto"  # nothing is rounded
+
+    def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
+        dtype, device = layer.compute_dtype, layer.weight.device
+        a, b = factors.a.to(device, dtype), (factors.b * factors.scale).to(device, dtype)
+        if layer.ledger_A is not None and layer.ledger_B is not None:
+            a, b = torch.cat((layer.ledger_A, a)), torch.cat((layer.ledger_B, b), dim=1)
+        layer.ledger_A, layer.ledger_B = a, b
+        return FoldReport(retained=1.0, error=0.0) if report else None
+
+
+def choose_base(kind: str, rounding: str, modules: Iterable[nn.Linear]) -> Base:
+    """`auto` is dense for dense weights and ledger where there are NF4 ones: exact, and small next to the model for the
+    few links that chains have. `rounding` auto is stochastic, which keeps in expectation all of an update that is
+    smaller than the spacing of 16-bit or 4-bit weights; fp32 weights do not need it.
+
+    Raises UserError for an unknown name, and for dense where weights are NF4 or nf4 where none is.
+    """
+    any_nf4 = any(map(is_nf4, modules))
+    if kind == "auto":
+        kind = "ledger" if any_nf4 else "dense"
+    if kind not in ("dense", "nf4", "ledger"):
+        raise UserError(f"base is {kind!r}, but must be auto, dense, nf4 or ledger.")
+    if rounding not in ROUNDINGS:
+        raise UserError(f"rounding is {rounding!r}, but must be one of {', '.join(ROUNDINGS)}.")
+    if kind == "dense" and any_nf4:
+        raise UserError("base is dense, but the model's weights are NF4: use nf4, ledger or auto.")
+    if kind == "nf4" and not any_nf4:
+        raise UserError("base is nf4, but no targeted weight is NF4: load the model in 4 bits, or use dense or auto.")
+    if kind == "ledger":
+        return LedgerBase()
+    return {"dense": DenseBase, "nf4": NF4Base}[kind]("stochastic" if rounding == "auto" else rounding)

@@ -15,7 +15,8 @@ FILE = "best.json"
 
 
 def save_best(chain: Chain, run: Path, *, step: int, loss: float) -> None:
-    files = peft_format.encode(chain.open_factors(), **chain.peft_fields())
+    factors = chain.open_factors()
+    files = peft_format.encode(factors, **chain.peft_fields(factors))
     about = {
         "links": len(chain.links),
         "step": step,

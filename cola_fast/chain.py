@@ -10,42 +10,32 @@ a process killed anywhere neither loses a link nor folds one twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from . import store
 from .bases import Base, choose_base
 from .errors import UserError
+from .grouping import Grouping
 from .identity import base_identity, fingerprint
-from .layer import LoRALinear, factor_dtype
-from .link import SealedLink, derive_seed, folder_name, initial_factors, summarise
+from .layer import LoRALinear
+from .link import SealedLink, derive_seed, folder_name, summarise
+from .methods import Pair
+from .opening import OpenLink, Settings, covered, first_factors, starts_of
 from .peft_format import Factors
+from .record import CHAIN_FILE, FORMAT, load_state, read_record, state_files
 from .targets import assign_ranks, select_modules, short_targets
 
-FORMAT = 1
-CHAIN_FILE = "chain.json"
+if TYPE_CHECKING:
+    from .export import ExportedAdapter
+
 STATES_KEPT = 2
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every link of a chain shares, as recorded in chain.json."""
-
-    r: int
-    alpha: float
-    dropout: float
-    seed: int
-    rank_pattern: dict[str, int] | None
-
-
-@dataclass(frozen=True)
-class OpenLink:
-    index: int
-    ranks: dict[str, int]
 
 
 def attach(
@@ -60,28 +50,36 @@ def attach(
     seed: int = 0,
     rank_pattern: Mapping[str, int] | None = None,
     first_rank: int | None = None,
+    init: str = "kaiming",
+    scaling: str = "lora",
+    frozen: str | None = None,
+    share: float = 1.0,
+    carry: float = 0.0,
 ) -> Chain:
     """Freeze `model` and open link 0 on the targeted linears. The model's function does not change.
 
     Args:
-        r, alpha: rank and alpha of a link; its scale is alpha / R, R being the module's own rank.
+        r, alpha: rank and alpha of a link; its scale is alpha / R, R being the module's own rank, see `scaling`.
         targets: names (`q_proj`), `"all-linear"`, or a regular expression over full module names.
         dropout: on the low-rank branch, in training mode.
         base, rounding: how tied links are kept, see `cola_fast.bases`.
         seed: of the links' initial values and of stochastic rounding.
         rank_pattern: module name or pattern -> rank, over `r`.
         first_rank: rank of link 0 if it is not `r`, as in a step-down.
+        init, scaling: names from `cola_fast.methods`: how a link starts (kaiming, pissa, olora, carry), and its scale
+            (lora: alpha / R, rslora: alpha / sqrt(R), constant: alpha / r).
+        frozen: "a" or "b", the factor that is not trained.
+        share: of the blocks, drawn anew for each link, that it covers.
+        carry: with init="carry", the share of a link that the next one starts from.
 
     Raises:
         UserError (a ValueError): see `cola_fast.targets` and `cola_fast.layer`. The model is then as it was.
     """
     modules = select_modules(model, targets)
-    settings = Settings(r, float(alpha), dropout, seed, dict(rank_pattern) if rank_pattern else None)
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout is {dropout}, but it must be at least 0 and less than 1.")
-    if not alpha > 0:
-        raise UserError(f"alpha is {alpha}, but it must be positive.")
-    kind = choose_base(base, rounding)
+    pattern = dict(rank_pattern) if rank_pattern else None
+    settings = Settings(r, float(alpha), dropout, seed, pattern, init, scaling, frozen, share, carry)
+    settings.validate()
+    kind = choose_base(base, rounding, modules.values())
     assign_ranks({n: (m.out_features, m.in_features) for n, m in modules.items()}, first_rank or r, rank_pattern)
     chain = Chain(model, modules, kind, settings, base_identity(model))
     chain.extend(first_rank)
@@ -105,59 +103,98 @@ class Chain:
         self.folder: Path | None = None
         self._recorded: dict[str, Any] | None = None  # chain.json as last written
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
-        self._targets = short_targets(model, modules)
-        self.layers = _wrap_all(modules)
+        self.grouping = Grouping()
+        self.layers = _wrap_all(modules, self.grouping)
         self._were_trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
 
     # --- the open link ------------------------------------------------------------------------------------------------
 
-    def extend(self, r: int | None = None) -> OpenLink:
-        """Open the next link, of rank `r` (the chain's own when None; `rank_pattern` entries keep theirs)."""
+    def extend(self, r: int | None = None, *, rank_pattern: Mapping[str, int] | None = None) -> OpenLink:
+        """Open the next link, of rank `r` (the chain's own when None; `rank_pattern` entries keep theirs).
+
+        rank_pattern: replaces the chain's, from this link on.
+        """
         if self.open_link is not None:
             raise UserError("The last link is still open: call tie() before extend().")
         self._require_layers()
-        ranks = self.ranks(r)
-        index = len(self.links)
-        factors = {}
-        for name, layer in self.layers.items():
-            seed = derive_seed(self.settings.seed, "init", index, name)
-            a, b = initial_factors(
-                (layer.out_features, layer.in_features), ranks[name], factor_dtype(layer.weight), seed
-            )
-            factors[name] = Factors(a, b, self.settings.alpha)
-        return self.open_with(factors)
+        if rank_pattern is not None:
+            assign_ranks(self._shapes(), r or self.settings.r, rank_pattern)
+            self.settings = replace(self.settings, rank_pattern=dict(rank_pattern))
+        ranks, index = self.ranks(r), len(self.links)
+
+        @cache
+        def before() -> dict[str, Factors]:
+            return {name: trained for name, (_, trained) in self.links[-1].steps().items()} if self.links else {}
+
+        names = covered(list(self.layers), self.settings, index)
+        factors = {n: first_factors(self.settings, index, n, self.layers[n], ranks[n], before) for n in names}
+        return self.open_with(factors, starts_of(factors))
 
     def ranks(self, r: int | None = None) -> dict[str, int]:
         """Module -> the rank `extend(r)` would give it. Raises UserError for a rank that a module cannot have."""
         return assign_ranks(self._shapes(), self.settings.r if r is None else r, self.settings.rank_pattern)
 
-    def open_with(self, factors: Mapping[str, Factors]) -> OpenLink:
-        """Open the next link with the given values instead of fresh ones."""
-        for name, layer in self.layers.items():
-            f = factors[name]
+    def open_with(self, factors: Mapping[str, Factors], starts: Mapping[str, Factors] | None = None) -> OpenLink:
+        """Open the next link with the given values instead of fresh ones.
+
+        starts: what the link started from, to be taken out of the weights (`cola_fast.opening`).
+        """
+        index = len(self.links)
+        # copies: the factors themselves become the parameters that are trained
+        starts = {name: Factors(f.a.clone(), f.b.clone(), f.alpha) for name, f in (starts or {}).items()}
+        for name, start in starts.items():
+            self._take_out(index, name, start.negated())
+        for name, f in factors.items():
+            layer = self.layers[name]
             layer.open(f.a, f.b, scale=f.scale, dropout=self.settings.dropout)
-        self.open_link = OpenLink(len(self.links), {name: f.rank for name, f in factors.items()})
+            for letter, factor in (("a", layer.lora_A), ("b", layer.lora_B)):
+                assert factor is not None
+                factor.requires_grad_(letter != self.settings.frozen)
+        ranks, alphas = ({name: getattr(f, key) for name, f in factors.items()} for key in ("rank", "alpha"))
+        self.open_link = OpenLink(index, ranks, alphas, starts)
         return self.open_link
 
+    def reopen(self, state: Mapping[str, Any]) -> None:
+        """Open the next link as `save` found it."""
+        factors, starts = (
+            {name: Factors(*f) for name, f in state.get(key, {}).items()} for key in ("factors", "starts")
+        )
+        self.open_with(factors, starts)
+        self.grouping.restore(state.get("groups", ()), self.layers)
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The open link's `<module>.lora_A` and `<module>.lora_B`."""
+        """The open link's `<module>.lora_A` and `<module>.lora_B`, without the frozen ones."""
         for name, layer in self.layers.items():
-            if layer.lora_A is not None and layer.lora_B is not None:
-                yield f"{name}.lora_A", layer.lora_A
-                yield f"{name}.lora_B", layer.lora_B
+            for suffix, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                if factor is not None and factor.requires_grad:
+                    yield f"{name}.{suffix}", factor
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer should hold: the open link's factors. A new link has new ones."""
+        """What an optimizer should hold: the open link's trained factors. A new link has new ones."""
         return [parameter for _, parameter in self.named_parameters()]
 
-    def open_factors(self) -> dict[str, Factors]:
-        """A copy of the open link's factors on the CPU, by module."""
+    def pairs(self) -> list[Pair]:
+        """Both factors of each module of the open link, with its scale."""
+        return [
+            Pair(layer.lora_A, layer.lora_B, layer.scale)
+            for layer in self.layers.values()
+            if layer.lora_A is not None and layer.lora_B is not None
+        ]
+
+    def live_factors(self) -> dict[str, Factors]:
+        """A copy of the open link's A and B on the CPU, by module."""
+        alphas = self.open_link.alphas if self.open_link is not None else {}
         return {
-            name: Factors(layer.lora_A.detach().cpu().clone(), layer.lora_B.detach().cpu().clone(), self.settings.alpha)
+            name: Factors(layer.lora_A.detach().cpu().clone(), layer.lora_B.detach().cpu().clone(), alphas[name])
             for name, layer in self.layers.items()
             if layer.lora_A is not None and layer.lora_B is not None
         }
+
+    def open_factors(self) -> dict[str, Factors]:
+        """What the open link adds to the sealed ones, by module: its A and B, less what it started from."""
+        starts = self.open_link.starts if self.open_link is not None else {}
+        return {name: f.minus(starts[name]) if name in starts else f for name, f in self.live_factors().items()}
 
     def tie(self) -> SealedLink:
         """Seal the open link, then fold it into the base. Logits stay as they were, up to the base dtype's rounding.
@@ -168,7 +205,12 @@ class Chain:
         if self.open_link is None:
             raise UserError("There is no open link to tie: call extend() first.")
         self._require_complete()
-        link = SealedLink.seal(self.open_link.index, self.open_factors(), **self.peft_fields())
+        factors, difference = self.open_factors(), bool(self.open_link.starts)
+        link = SealedLink.seal(self.open_link.index, factors, difference=difference, **self.peft_fields(factors))
+        return self.append(link)
+
+    def append(self, link: SealedLink) -> SealedLink:
+        """Make `link` the last sealed one, in place of the open link, whose start has left the weights."""
         if self.folder is not None:
             link.write(self.folder / folder_name(link.index))
             self._write_record([*self.links, link])
@@ -176,7 +218,7 @@ class Chain:
         self.open_link = None
         for layer in self.layers.values():
             layer.close()
-        self._fold(link)
+        self._fold(link, live=True)
         if self.folder is not None:
             self._write_record(self.links)  # now with what the fold kept
         return link
@@ -184,13 +226,26 @@ class Chain:
     def detach(self, *, discard: bool = False) -> nn.Module:
         """Give the model its plain linears back. Tied links stay in the weights; the chain is done.
 
-        Raises UserError if that would lose a trained open link; `discard=True` says it may go.
+        Raises UserError if that would lose a trained open link, or a ledger; `discard=True` says it may go.
         """
-        trained = any(bool(layer.lora_B.any()) for layer in self.layers.values() if layer.lora_B is not None)
+        starts = self.open_link.starts if self.open_link is not None else {}
+        trained = any(
+            not (torch.equal(f.a, starts[name].a) and torch.equal(f.b, starts[name].b))
+            if name in starts
+            else bool(f.a.any()) and bool(f.b.any())
+            for name, f in self.live_factors().items()
+        )
         if trained and not discard:
             raise UserError(
                 "The open link has been trained and would be lost: call tie() first, or detach(discard=True)."
             )
+        if any(layer.ledger_A is not None for layer in self.layers.values()) and not discard:
+            raise UserError(
+                "This chain keeps its links beside the weights (base: ledger), so detaching would lose them: use "
+                "export_merged or export_adapter, or detach(discard=True)."
+            )
+        for name, start in starts.items():
+            self._take_out(len(self.links), name, start)  # put back
         for layer in self.layers.values():
             layer.to_linear()
         for parameter in self._were_trainable:
@@ -223,44 +278,70 @@ class Chain:
                 link.write(folder / folder_name(link.index))
         self.folder = folder
         self._write_record(self.links)
-        states = _state_files(folder)
+        states = state_files(folder)
         number = int(states[-1].stem) + 1 if states else 0
         (folder / "state").mkdir(exist_ok=True)
-        factors = {name: tuple(f) for name, f in self.open_factors().items()}
-        index = None if self.open_link is None else self.open_link.index
-        state = {"links": len(self.links), "open": index, "factors": factors, "extra": dict(extra or {})}
+        factors = {name: tuple(f) for name, f in self.live_factors().items()}
+        index, starts = (self.open_link.index, self.open_link.starts) if self.open_link is not None else (None, {})
+        state = {
+            "links": len(self.links),
+            "open": index,
+            "factors": factors,
+            "starts": {name: tuple(f) for name, f in starts.items()},
+            "groups": self.grouping.state(self.layers),
+            "extra": dict(extra or {}),
+        }
         store.save_tensors(folder / "state" / f"{number:08d}.pt", state)
         for old in states[: -(STATES_KEPT - 1)]:
             old.unlink(missing_ok=True)
 
-    def export_adapter(self, folder: str | Path) -> Path:
-        """The whole chain as one exact PEFT adapter of the summed rank, on the untouched base."""
+    def import_adapter(self, folder: str | Path) -> SealedLink:
+        """Fold the PEFT LoRA adapter in `folder` as the next sealed link, see `cola_fast.adapters.import_adapter`."""
+        from .adapters import import_adapter
+
+        return import_adapter(self, Path(folder))
+
+    def export_adapter(self, folder: str | Path, rank: int | None = None) -> ExportedAdapter:
+        """The whole chain as one PEFT adapter on the untouched base: exact, of the summed rank, or cut to `rank`."""
         from .export import export_adapter
 
-        return export_adapter(self, Path(folder))
+        return export_adapter(self, Path(folder), rank)
 
-    def export_merged(self, folder: str | Path, tokenizer: Any = None) -> Path:
-        """The model with every link in its weights, as a plain transformers checkpoint (safetensors)."""
+    def export_merged(self, folder: str | Path, tokenizer: Any = None, *, onto: nn.Module | None = None) -> Path:
+        """The model with every link in its weights, as a plain transformers checkpoint (safetensors), never quantised.
+
+        onto: the 16-bit model that a 4-bit base was quantised from, to fold the links into that, as trained; it is
+            changed. Better weights than the dequantised base, but not those the links were trained on.
+        """
         from .export import export_merged
 
-        return export_merged(self, Path(folder), tokenizer)
+        return export_merged(self, Path(folder), tokenizer, onto)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _fold(self, link: SealedLink) -> None:
+    def _fold(self, link: SealedLink, *, live: bool = False) -> None:
         """From the sealed bytes, as a replay does, so that both give the same weights. Idempotent by link index.
-        What it kept is measured once, at the tie."""
-        reports = {}
-        for name, factors in link.factors().items():
-            layer = self.layers[name]
-            if layer.folded == link.index:
+        What it kept is measured once, at the tie, of the last step. live: the link's start has left the weights before.
+        """
+        reports, steps = {}, link.steps()
+        for name, layer in self.layers.items():
+            if layer.folded != link.index:
+                continue
+            if name in steps:
+                taken, trained = steps[name]
+                if taken is not None and not live:
+                    self._take_out(link.index, name, taken)
                 seed = derive_seed(self.settings.seed, "fold", link.index, name)
-                report = self.base.fold(layer, factors, seed, report=not link.fold)
-                layer.folded += 1
+                report = self.base.fold(layer, trained, seed, report=not link.fold)
                 if report is not None:
                     reports[name] = report
+            layer.folded += 1
         if reports:
             link.fold = summarise(reports)
+
+    def _take_out(self, index: int, name: str, factors: Factors) -> None:
+        seed = derive_seed(self.settings.seed, "start", index, name)
+        self.base.fold(self.layers[name], factors, seed, report=False)
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         return {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
@@ -276,31 +357,30 @@ class Chain:
                 "looked at: load it whole to go on with it."
             )
 
-    def peft_fields(self) -> dict[str, Any]:
-        """What `peft_format.encode` says of this chain's base and targets."""
+    def peft_fields(self, names: Iterable[str]) -> dict[str, Any]:
+        """What `peft_format.encode` says of this chain's base, for an adapter of these modules."""
         return {
-            "targets": self._targets,
+            "targets": short_targets(self.model, names),
             "base_name": self.identity["name"],
             "base_revision": self.identity["revision"],
             "dropout": self.settings.dropout,
         }
 
-    def _write_record(self, links: Sequence[SealedLink]) -> None:
-        assert self.folder is not None
-        settings = self.settings
-        record = {
+    def record(self, links: Sequence[SealedLink]) -> dict[str, Any]:
+        """What chain.json says of the chain with these links."""
+        return {
             "format": FORMAT,
             "base": self.identity,
             "base_kind": self.base.kind,
             "rounding": self.base.rounding,
-            "r": settings.r,
-            "alpha": settings.alpha,
-            "dropout": settings.dropout,
-            "seed": settings.seed,
-            "rank_pattern": settings.rank_pattern,
+            **asdict(self.settings),
             "modules": {name: list(shape) for name, shape in self._shapes().items()},
             "links": [link.record() for link in links],
         }
+
+    def _write_record(self, links: Sequence[SealedLink]) -> None:
+        assert self.folder is not None
+        record = self.record(links)
         if record != self._recorded:
             store.write_file(self.folder / CHAIN_FILE, store.to_json(record))
             self._recorded = record
@@ -329,53 +409,24 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
         link.factors()
     state = load_state(folder) if links is None else None
     pattern = "|".join(re.escape(name) for name in record["modules"])
-    settings = Settings(record["r"], record["alpha"], record["dropout"], record["seed"], record["rank_pattern"])
-    base = choose_base(record["base_kind"], record["rounding"])
-    chain = Chain(model, select_modules(model, pattern), base, settings, record["base"])
+    settings = Settings(**{f.name: record[f.name] for f in fields(Settings) if f.name in record})
+    modules = select_modules(model, pattern)
+    base = choose_base(record["base_kind"], record["rounding"], modules.values())
+    chain = Chain(model, modules, base, settings, record["base"])
     chain.folder = folder
     chain.waiting, chain._recorded = sealed, record
     chain.replay(len(sealed) if links is None else links)
     if state is not None and state["open"] == len(chain.links):
-        chain.open_with({name: Factors(*f) for name, f in state["factors"].items()})
+        chain.reopen(state)
     return chain
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """chain.json, checked to be one we can read."""
-    folder = Path(folder)
-    if not (folder / CHAIN_FILE).exists():
-        raise UserError(f"{folder} holds no chain ({CHAIN_FILE} is missing): give the folder of a run.")
-    record: dict[str, Any] = store.read_json(folder / CHAIN_FILE)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else None
-        raise UserError(
-            f"{folder / CHAIN_FILE} has format {found}, but this version reads format {FORMAT}: update cola_fast."
-        )
-    return record
-
-
-def load_state(folder: str | Path) -> dict[str, Any] | None:
-    """The newest state saved with the chain: `links` sealed by then, `open` index, `factors`, `extra`. None if there is
-    none. A damaged file is passed over for the one before it."""
-    for path in reversed(_state_files(Path(folder))):
-        try:
-            state: dict[str, Any] = store.load_tensors(path)
-        except Exception:  # whatever a damaged zip or pickle raises
-            continue
-        return state
-    return None
-
-
-def _state_files(folder: Path) -> list[Path]:
-    return sorted((folder / "state").glob("[0-9]*.pt"))
-
-
-def _wrap_all(modules: Mapping[str, nn.Linear]) -> dict[str, LoRALinear]:
+def _wrap_all(modules: Mapping[str, nn.Linear], grouping: Grouping) -> dict[str, LoRALinear]:
     """All or none."""
     done: dict[str, LoRALinear] = {}
     try:
         for name, module in modules.items():
-            done[name] = LoRALinear.from_linear(module, name)
+            done[name] = LoRALinear.from_linear(module, name, grouping)
     except UserError:
         for layer in done.values():
             layer.to_linear()

@@ -18,6 +18,8 @@ Fine-tune a language model with a chain of LoRA links (COLA, arXiv 2401.04151).
   cola eval RUN                       score the base, the model after each link, and the merged export
   cola export RUN --to adapter        one PEFT adapter equal to the whole chain
   cola export RUN --to merged         a plain transformers checkpoint with the chain in its weights
+  cola ranks CONFIG.yaml [key=value]  GeLoRA: the rank each block needs, from the geometry of its hidden states
+  cola methods                        the chain family: what chain.method can name
   cola info RUN                       what is in a run folder
 """
 
@@ -52,15 +54,27 @@ EXPORT_HELP = """\
 Write a run's chain for use elsewhere.
 
   --to adapter   one PEFT adapter of the summed rank, exact: base + adapter is the trained model. Small; PEFT, vLLM and
-                 others load it on the untouched base model.
+                 others load it on the untouched base model. --rank R cuts it to rank R by SVD and prints what is lost.
   --to merged    the model itself with every link in its weights, plus tokenizer: loads with transformers alone.
+"""
+
+
+RANKS_HELP = """\
+Measure the intrinsic dimension (TwoNN) of the hidden states between the blocks of a model, on its training
+examples, and print GeLoRA's rank for every block (arXiv 2412.09250). Writes three files:
+
+  ranks.yaml   chain.rank_pattern and chain.scaling, to be pasted into a configuration
+  ranks.json   dimensions and ranks, with what they were measured on
+  ranks.png    dimension and rank by depth
+
+`chain.method: [cola, gelora]` trains with these ranks without this command.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command not in ("train", "demo") or any(word.startswith("-") for word in rest)):
+    if rest and (options.command not in ("train", "demo", "ranks") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops reading key=value pairs at the first option between them
         options.overrides += rest
@@ -121,8 +135,27 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--out", metavar="FOLDER", help="where to write it (default: RUN/export/adapter or RUN/export/merged)"
     )
+    export.add_argument(
+        "--onto",
+        choices=("base", "original"),
+        default="base",
+        help="of a merged export from a 4-bit chain: onto the base it was trained on, dequantised, which keeps what "
+        "was evaluated; or onto the original 16-bit weights, better ones that no link has seen (default: base)",
+    )
     export.add_argument("--best", action="store_true", help="export the best checkpoint instead of the last")
+    export.add_argument("--rank", type=int, metavar="R", help="cut the adapter to this rank (default: exact)")
     export.set_defaults(run=_export)
+
+    ranks = commands.add_parser(
+        "ranks", help="ranks from the geometry of the hidden states", description=RANKS_HELP, formatter_class=raw
+    )
+    ranks.add_argument("config", metavar="CONFIG.yaml")
+    ranks.add_argument("overrides", nargs="*", metavar="key=value", help="change single keys of the configuration")
+    ranks.add_argument("--out", metavar="FOLDER", help="where to write the files (default: the run's folder + -ranks)")
+    ranks.set_defaults(run=_ranks)
+
+    methods = commands.add_parser("methods", help="list the chain family")
+    methods.set_defaults(run=_methods)
 
     info = commands.add_parser("info", help="show what a run folder holds")
     info.add_argument("folder", metavar="RUN")
@@ -178,7 +211,32 @@ def _export(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from .report import export_run
 
-    print(export_run(options.folder, options.to, out=options.out, best=options.best))
+    print(
+        export_run(options.folder, options.to, out=options.out, best=options.best, onto=options.onto, rank=options.rank)
+    )
+    return 0
+
+
+def _ranks(options: argparse.Namespace) -> int:
+    from .config import load
+
+    config = load(options.config, options.overrides)
+    _quiet_libraries()
+    from .geometry import measure, table, write
+
+    found = measure(config)
+    folder = options.out or f"{config.out}-ranks"
+    write(found, folder)
+    print(table(found))
+    print(f"written to {folder}: ranks.yaml, ranks.json, ranks.png")
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from .methods import METHODS
+
+    for method in METHODS.values():
+        print(f"{method.name:14} {method.paper:16}  {method.summary}")
     return 0
 
 

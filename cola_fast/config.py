@@ -19,13 +19,14 @@ from typing import Any, Literal
 import yaml
 
 from .errors import UserError, near
-from .methods import METHODS
+from .methods import SLOTS, preset
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = ""  # a folder, or a name on the Hugging Face hub
     revision: str | None = None
+    load_in_4bit: bool = False  # quantise the linear layers to NF4 with double quantisation, as QLoRA does
     gguf_file: str | None = None  # a GGUF file inside that folder or repository
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device multiplies it natively, else fp32
     device: str = "auto"  # auto, cpu, cuda, cuda:1
@@ -53,15 +54,29 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class GeLoRAConfig:
+    examples: int = 1000  # of the training set, whose hidden states are looked at
+    mean_rank: float | None = None  # rescale the ranks to this mean; as they come out when absent
+    every_link: bool = False  # estimate again at every knot
+
+
+@dataclass(frozen=True)
 class ChainConfig:
-    method: str = "cola"
+    method: str | tuple[str, ...] = "cola"  # one or several of `cola methods`; each fills in defaults for other keys
     r: int = 8
-    alpha: float = 16.0  # scale = alpha / R
+    alpha: float = 16.0
+    scaling: str = "lora"  # lora: scale = alpha / R; rslora: alpha / sqrt(R); constant: alpha / r
     dropout: float = 0.0
     targets: str | tuple[str, ...] = ("q_proj", "v_proj")  # module names, "all-linear", or a regular expression
+    ranks: str = "uniform"  # uniform or gelora
     rank_pattern: dict[str, int] | None = None  # module name or pattern -> rank
-    base: Literal["auto", "dense"] = "auto"
-    rounding: Literal["auto", "nearest", "stochastic"] = "auto"  # how a tie rounds into 16-bit weights
+    gelora: GeLoRAConfig = field(default_factory=GeLoRAConfig)
+    init: str = "kaiming"  # how a link starts: kaiming, pissa, olora or carry
+    carry: float = 0.0  # init: carry: the share of a link that the next one starts from
+    frozen: Literal["a", "b"] | None = None  # the factor that is not trained
+    share: float = 1.0  # of the blocks, drawn anew for each link, that it covers
+    base: Literal["auto", "dense", "nf4", "ledger"] = "auto"  # where tied links live: in the weights, or beside them
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto"  # how a tie rounds into 16-bit or 4-bit weights
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,9 @@ class ScheduleConfig:
     lr_shape: Literal["linear", "cosine", "constant"] = "linear"
     lr_end: float = 0.0  # share of lr at the end of the span
     warmup: float = 0.0  # below 1: share of the span; otherwise steps
-    optimizer_state: Literal["reset", "keep"] = "reset"  # at a tie; keep needs equal ranks
+    rewarm: int = 0  # steps of a warm-up of each later link, back to the global curve
+    optimizer_state: str = "reset"  # at a tie: reset, keep, prune-magnitude or prune-random; of equal ranks only
+    prune: float = 0.9  # prune-...: the share of the optimizer's moments that is zeroed
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,9 @@ class TrainConfig:
     accumulation: int = 1  # forward passes per optimizer step
     packing: bool = False  # concatenate sequences into rows of max_length, attention kept block-diagonal
     group_by_length: bool = True
+    optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw, paged-adamw-8bit
+    gradient: str | None = None  # change A's and B's gradients: lora-pro
+    lr_ratio: float = 1.0  # learning rate of B over that of A
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -141,11 +161,8 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         _set(chosen, _full_key(key.strip()), yaml.safe_load(value))
     chain = chosen.get("chain")
     method = chain.get("method", ChainConfig.method) if isinstance(chain, dict) else ChainConfig.method
-    if method not in METHODS:
-        raise UserError(
-            f"chain.method is {method!r}, but must be one of {', '.join(METHODS)}.{near(str(method), METHODS)}"
-        )
-    config: Config = _build(Config, _merge(METHODS[method].defaults, chosen), "")
+    names = method if isinstance(method, (list, tuple)) else [method]
+    config: Config = _build(Config, _merge(preset([str(name) for name in names], chosen), chosen), "")
     validate(config)
     return config
 
@@ -176,6 +193,36 @@ def validate(config: Config) -> None:
     for name, rank in (c.rank_pattern or {}).items():
         _require(rank >= 1, f"chain.rank_pattern gives {name} rank {rank}, but a rank is at least 1.")
     _require(c.alpha > 0, f"chain.alpha is {c.alpha}, but it must be positive.")
+    for slot in SLOTS:
+        section, key = slot.key.split(".")
+        name = getattr(getattr(config, section), key)
+        if name is not None:
+            slot.choose(name)
+    _require(0 < c.share <= 1, f"chain.share is {c.share}, but it is a share of the blocks, above 0 and at most 1.")
+    for where, share in (("chain.carry", c.carry), ("schedule.prune", s.prune), ("schedule.lr_end", s.lr_end)):
+        _require(0 <= share <= 1, f"{where} is {share}, but it is a share between 0 and 1.")
+    _require(
+        s.rewarm == 0 or s.lr_span == "global",
+        "schedule.rewarm returns to the global learning-rate curve: set schedule.lr_span to global, or use warmup.",
+    )
+    _require(t.lr_ratio > 0, f"train.lr_ratio is {t.lr_ratio}, but it must be positive.")
+    _require(
+        t.gradient is None or c.frozen is None,
+        f"train.gradient is {t.gradient}, which needs both factors trained: set chain.frozen to null.",
+    )
+    _require(
+        c.share == 1 or s.optimizer_state == "reset",
+        f"schedule.optimizer_state is {s.optimizer_state}, but with chain.share below 1 links cover different modules: "
+        "set it to reset.",
+    )
+    _require(
+        not (s.optimizer_state.startswith("prune") and t.optimizer not in ("adamw", "adam")),
+        f"schedule.optimizer_state is {s.optimizer_state}, which prunes PyTorch's moments: use train.optimizer adamw.",
+    )
+    sentence = f"chain.ranks is {c.ranks}, which decides the rank of every module: leave schedule.ranks out."
+    _require(c.ranks == "uniform" or s.ranks is None, sentence)
+    mean = c.gelora.mean_rank
+    _require(mean is None or mean >= 1, f"chain.gelora.mean_rank is {mean}, but a rank is at least 1.")
     _require(0 <= c.dropout < 1, f"chain.dropout is {c.dropout}, but it must be at least 0 and less than 1.")
     _require(len(c.targets) > 0, "chain.targets is empty: name at least one module, or all-linear.")
     _require(s.links >= 1, f"schedule.links is {s.links}, but a chain has at least 1 link.")
@@ -194,8 +241,9 @@ def validate(config: Config) -> None:
             )
             _require(min(values) > 0, f"schedule.{key} is {list(values)}, but every entry must be positive.")
     _require(s.lr > 0, f"schedule.lr is {s.lr}, but it must be positive.")
-    _require(0 <= s.lr_end <= 1, f"schedule.lr_end is {s.lr_end}, but it is a share of lr between 0 and 1.")
-    _require(s.warmup >= 0, f"schedule.warmup is {s.warmup}, but it must not be negative.")
+    for where, count in (("warmup", s.warmup), ("rewarm", s.rewarm)):
+        _require(count >= 0, f"schedule.{where} is {count}, but it must not be negative.")
+    _require(c.gelora.examples >= 1, f"chain.gelora.examples is {c.gelora.examples}, but it must be at least 1.")
     for key in ("batch_size", "accumulation", "save_every", "log_every", "eval_batch_size"):
         _require(getattr(t, key) >= 1, f"train.{key} is {getattr(t, key)}, but it must be at least 1.")
     for where, key, value in (

@@ -3,31 +3,61 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from cola_kernels import merge_
+from cola_kernels import merge_, nf4_dequantize
 
 from . import peft_format, store
+from .adapters import cut_to_rank, error_table, vllm_notes
 from .errors import UserError
+from .layer import is_nf4
 from .peft_format import Factors
 
 if TYPE_CHECKING:
     from .chain import Chain
 
 
-def export_adapter(chain: Chain, folder: Path) -> Path:
-    """`[s1·B1 | s2·B2 | ...]` and `[A1; A2; ...]`: exact, of the summed rank, with scale 1."""
+@dataclass(frozen=True)
+class ExportedAdapter:
+    """Where an adapter was written, and what was lost. Stands for its path; `print` shows the rest."""
+
+    path: Path
+    rank: int  # the largest of its modules'
+    errors: dict[str, float]  # module -> relative error of the update (Frobenius); 0 where it is exact
+    notes: list[str]  # for those who want to serve it
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        exact = not any(self.errors.values())
+        loss = ["exact"] if exact else ["relative error of the update, by kind of module:", *error_table(self.errors)]
+        return "\n".join([f"{self.path}: rank {self.rank}, {loss[0]}", *loss[1:], *self.notes])
+
+
+def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> ExportedAdapter:
+    """`[s1·B1 | s2·B2 | ...]` and `[A1; A2; ...]`: exact, of the summed rank, with scale 1; cut to `rank` by SVD."""
     _refuse_existing(folder)
+    if rank is not None and rank < 1:
+        raise UserError(f"rank is {rank}, but an adapter's rank is at least 1.")
     links = [link.factors() for link in chain.links]
     if chain.open_link is not None:
         links.append(chain.open_factors())
-    factors = {name: concatenate([link[name] for link in links]) for name in chain.layers}
-    store.write_folder(folder, peft_format.encode(factors, **chain.peft_fields()))
-    return folder
+    named = {name: [link[name] for link in links if name in link] for name in chain.layers}
+    factors = {name: concatenate(parts) for name, parts in named.items() if parts}
+    errors = dict.fromkeys(factors, 0.0)
+    if rank is not None:
+        for name, f in factors.items():
+            factors[name], errors[name] = cut_to_rank(f, rank)
+    store.write_folder(folder, peft_format.encode(factors, **chain.peft_fields(factors)))
+    return ExportedAdapter(folder, max(f.rank for f in factors.values()), errors, vllm_notes(factors))
 
 
 def concatenate(factors: list[Factors]) -> Factors:
@@ -37,25 +67,83 @@ def concatenate(factors: list[Factors]) -> Factors:
     return Factors(a, b, alpha=float(a.shape[0]))
 
 
-def export_merged(chain: Chain, folder: Path, tokenizer: Any = None) -> Path:
-    """Only the modules of a still open link are copied, to have it folded into the copy; the model is not touched."""
+def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Module | None = None) -> Path:
+    """What is written is dense. Only modules of a still open link, of a ledger or of 4-bit weights are copied for it;
+    the chain's model is not touched, `onto` is changed."""
     _refuse_existing(folder)
-    state = {k: v for k, v in chain.model.state_dict().items() if not k.endswith((".lora_A", ".lora_B"))}
-    for name, f in chain.open_factors().items():
-        weight = state[f"{name}.weight"].cpu().clone()
-        merge_(weight, f.a, f.b, f.scale, rounding=chain.base.rounding)
-        state[f"{name}.weight"] = weight
-    _save_atomically(chain, folder, state, tokenizer)
+    if onto is None:
+        _save_atomically(chain.model, folder, _merged_state(chain), tokenizer)
+    else:
+        _fold_into(onto, chain)
+        _save_atomically(onto, folder, onto.state_dict(), tokenizer)
     return folder
 
 
-def _save_atomically(chain: Chain, folder: Path, state: Mapping[str, Any], tokenizer: Any) -> None:
+def _merged_state(chain: Chain) -> dict[str, Tensor]:
+    """The model's state as it is now, every link in its weights, 4-bit weights dequantised."""
+    state: dict[str, Tensor] = chain.model.state_dict()
+    state = {key: value for key, value in state.items() if not key.endswith((".lora_A", ".lora_B"))}
+    for name, module in chain.model.named_modules():
+        if isinstance(module, nn.Linear) and is_nf4(module) and name not in chain.layers:
+            own: Any = module.weight
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.weight.")}
+            state[f"{name}.weight"] = nf4_dequantize(own, own.quant_state.dtype)
+    factors = chain.live_factors()
+    for name, layer in chain.layers.items():
+        weight = layer.dense_weight().cpu()
+        if name in factors:
+            f = factors[name]
+            merge_(weight := weight.clone(), f.a, f.b, f.scale, rounding=_rounding(chain))
+        state[f"{name}.weight"] = weight
+    return state
+
+
+def _fold_into(model: nn.Module, chain: Chain) -> None:
+    """Every link, as it was trained, into the linears of the same names."""
+    modules = dict(model.named_modules())
+    shapes = {name: tuple(getattr(modules.get(name), "weight", torch.empty(0)).shape) for name in chain.layers}
+    for name, layer in chain.layers.items():
+        if shapes[name] != (layer.out_features, layer.in_features):
+            raise UserError(
+                f"The links cannot go onto this model: {name} is {shapes[name] or 'missing'} there, but "
+                f"{(layer.out_features, layer.in_features)} in the chain: give the model it was quantised from."
+            )
+    for link in [*(link.factors() for link in chain.links), chain.open_factors()]:
+        for name, f in link.items():
+            weight = modules[name].weight
+            assert isinstance(weight, Tensor)
+            a, b = f.a.to(weight.device), f.b.to(weight.device)
+            merge_(weight.data, a, b, f.scale, rounding=_rounding(chain))
+
+
+def _rounding(chain: Chain) -> str:
+    return "nearest" if chain.base.rounding == "nearest" else "stochastic"
+
+
+@contextmanager
+def _as_dense(model: Any) -> Iterator[None]:
+    """transformers refuses to save a quantised model's weights as anything else."""
+    kept = {key: vars(model)[key] for key in ("hf_quantizer", "is_quantized") if key in vars(model)}
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        yield
+        return
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+    try:
+        yield
+    finally:
+        model.config.quantization_config = config
+        vars(model).update(kept)
+
+
+def _save_atomically(model: Any, folder: Path, state: Mapping[str, Any], tokenizer: Any) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        model: Any = chain.model
-        model.save_pretrained(temporary, state_dict=state)
+        with _as_dense(model):
+            model.save_pretrained(temporary, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if folder.exists():

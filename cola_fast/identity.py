@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SAMPLES = 64  # values read of every parameter
 
@@ -17,8 +17,18 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     return {
         "name": str(getattr(config, "_name_or_path", "") or type(model).__name__),
         "revision": getattr(config, "_commit_hash", None),
+        "quantisation": quantisation(model),
         "fingerprint": fingerprint(model),
     }
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """How its weights are quantised, for people: what `nf4, blocks of 64, double` says. None for a dense model."""
+    for parameter in model.parameters():
+        state: Any = getattr(parameter, "quant_state", None)
+        if state is not None:
+            return f"{state.quant_type}, blocks of {state.blocksize}{', double' if state.nested else ''}"
+    return None
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -31,11 +41,17 @@ def fingerprint(model: nn.Module) -> str:
     samples = []
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
-        flat = parameter.detach().reshape(-1)
-        if flat.numel():
-            where = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64)
-            values = flat[where.long().to(flat.device)]
-            samples.append(values.to(torch.bfloat16).float() if values.is_floating_point() else values.float())
+        samples.append(_samples(parameter.detach()))
+        state: Any = getattr(parameter, "quant_state", None)
+        if state is not None:  # 4-bit codes mean nothing without their scales
+            samples.append(_samples(state.absmax))
     if samples and not any(s.is_meta for s in samples):  # on the meta device there are shapes only
         digest.update(torch.cat([s.cpu() for s in samples]).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _samples(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    where = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64)
+    values = flat[where.long().to(flat.device)]
+    return values.to(torch.bfloat16).float() if values.is_floating_point() else values.float()

@@ -1,43 +1,55 @@
-"""`LoRALinear`: an `nn.Linear` whose frozen weight carries an open LoRA link.
+"""`LoRALinear`: a linear layer whose frozen weight carries an open LoRA link.
 
-A Linear becomes a LoRALinear by changing its class, and goes back the same way. The object stays the one the model,
+A linear becomes a LoRALinear by changing its class, and goes back the same way. The object stays the one the model,
 its hooks and its state dict already know: nothing is re-registered, copied or renamed, and `weight` keeps its storage.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_kernels import lora_linear
+from cola_kernels import merge_, nf4_dequantize
 
 from .errors import UserError
+from .grouping import Grouping, Operands
 
 
 class LoRALinear(nn.Linear):
     """`y = x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ + bias`: W [N, K] and bias frozen, lora_A [R, K] and lora_B [N, R] trained.
 
-    Between `close` and `open` there is no link and it is the plain linear. Dropout acts in training mode only.
+    W is dense, or the NF4 weight of a bitsandbytes Linear4bit. Between `close` and `open` there is no link and it is
+    the plain linear. Dropout acts in training mode only. Layers of one `grouping` that read the same x run as one op
+    and share a dropout mask, see `cola_fast.grouping`.
     """
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    ledger_A: Tensor | None  # [sum of R, K], sealed links that stay beside the weight, see `cola_fast.bases`
+    ledger_B: Tensor | None  # [N, sum of R], scales included
     scale: float
     dropout: float
-    folded: int  # sealed links already folded into `weight`; makes folding idempotent
+    folded: int  # sealed links that are part of the base; makes folding idempotent
+    grouping: Grouping
+    plain: type[nn.Linear]  # the class it came from
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, name: str = "the module") -> LoRALinear:
-        """Turn `linear` into a LoRALinear, in place. Raises UserError for anything but a plain `nn.Linear`."""
+    def from_linear(cls, linear: nn.Linear, name: str = "the module", grouping: Grouping | None = None) -> LoRALinear:
+        """Turn `linear` into a LoRALinear, in place. Raises UserError for anything but a plain `nn.Linear` and a
+        Linear4bit that holds an NF4 weight as it was quantised."""
         if isinstance(linear, cls):
             raise UserError(f"{name} already belongs to a chain: call chain.detach() before attaching another.")
-        if type(linear) is not nn.Linear:
+        plain = type(linear)
+        if _is_linear4bit(linear):
+            _require_nf4(linear, name)
+        elif plain is not nn.Linear:
             raise UserError(
-                f"{name} is a {type(linear).__module__}.{type(linear).__name__}, but a link can only be attached to a "
-                "plain torch.nn.Linear: choose other targets."
+                f"{name} is a {plain.__module__}.{plain.__name__}, but a link can only be attached to a plain "
+                "torch.nn.Linear or a 4-bit (NF4) layer of bitsandbytes: choose other targets, or load the model in "
+                "16 or 4 bits."
             )
         if "forward" in vars(linear):
             raise UserError(
@@ -46,40 +58,99 @@ class LoRALinear(nn.Linear):
             )
         layer = cast(LoRALinear, linear)
         layer.__class__ = cls
-        layer.register_parameter("lora_A", None)
-        layer.register_parameter("lora_B", None)
+        layer.plain = plain
+        for key in ("lora_A", "lora_B"):
+            layer.register_parameter(key, None)
+        for key in ("ledger_A", "ledger_B"):
+            layer.register_buffer(key, None, persistent=False)
         layer.scale = layer.dropout = 0.0
         layer.folded = 0
+        layer.grouping = grouping or Grouping()
         return layer
 
     def to_linear(self) -> nn.Linear:
-        """Back to the plain linear, with whatever has been folded into its weight."""
+        """Back to the plain linear, with whatever has been folded into its weight, but without a ledger."""
         self.close()
-        del self._parameters["lora_A"], self._parameters["lora_B"], self.scale, self.dropout, self.folded
         linear = cast(nn.Linear, self)
-        linear.__class__ = nn.Linear
+        linear.__class__ = self.plain
+        for key in ("lora_A", "lora_B", "ledger_A", "ledger_B", "scale", "dropout", "folded", "grouping", "plain"):
+            delattr(linear, key)
         return linear
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype the base is used in: an NF4 weight's is that of the weight it was quantised from."""
+        state: Any = getattr(self.weight, "quant_state", None)
+        return self.weight.dtype if state is None else state.dtype
+
+    def dense_weight(self) -> Tensor:
+        """`[N, K]`: the weight with every sealed link in it, in `compute_dtype`. A copy, but for a dense weight without
+        a ledger. The ledger is rounded stochastically, always with the same draws."""
+        weight = nf4_dequantize(self.weight, self.compute_dtype) if is_nf4(self) else self.weight.detach()
+        if self.ledger_A is not None and self.ledger_B is not None:
+            weight = weight if is_nf4(self) else weight.clone()
+            merge_(weight, self.ledger_A, self.ledger_B, 1.0, rounding="stochastic")
+        return weight
 
     def open(self, a: Tensor, b: Tensor, *, scale: float, dropout: float) -> None:
         """Start a link from a [R, K] and b [N, R]; they become parameters on the weight's device."""
         self.lora_A = nn.Parameter(a.to(self.weight.device))
         self.lora_B = nn.Parameter(b.to(self.weight.device))
         self.scale, self.dropout = scale, dropout
+        self.grouping.forget(self)
 
     def close(self) -> None:
         self.lora_A = self.lora_B = None
+        self.grouping.forget(self)
+
+    def operands(self) -> Operands | None:
+        """Of the op this layer is; None without a link. With dropout, a ledger is not in them: it is not dropped."""
+        a, b, ledger_a, ledger_b = self.lora_A, self.lora_B, self.ledger_A, self.ledger_B
+        dropout = self.dropout if self.training else 0.0
+        if a is None or b is None:
+            if ledger_a is None or ledger_b is None:
+                return None
+            return Operands(self.weight, ledger_a, ledger_b, 1.0, self.bias, 0.0)
+        if ledger_a is None or ledger_b is None or dropout > 0:
+            return Operands(self.weight, a, b, self.scale, self.bias, dropout)
+        both_b = torch.cat((b * self.scale, ledger_b), dim=1)
+        return Operands(self.weight, torch.cat((a, ledger_a)), both_b, 1.0, self.bias, 0.0)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.lora_A is None or self.lora_B is None:
-            return F.linear(input, self.weight, self.bias)
-        dropout = self.dropout if self.training else 0.0
-        return lora_linear(input, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout=dropout)
+        operands = self.operands()
+        if operands is None:
+            weight = nf4_dequantize(self.weight, input.dtype) if is_nf4(self) else self.weight
+            return F.linear(input, weight, self.bias)
+        y = self.grouping(self, operands, input)
+        if operands.dropout > 0 and self.ledger_A is not None and self.ledger_B is not None:
+            y = y + F.linear(F.linear(input, self.ledger_A.to(input.dtype)), self.ledger_B.to(input.dtype))
+        return y
 
     def extra_repr(self) -> str:
         rank = "no open link" if self.lora_A is None else f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
         return f"{super().extra_repr()}, {rank}"
 
 
+def is_nf4(linear: nn.Module) -> bool:
+    """Whether its weight is 4-bit and knows how it was quantised, as bitsandbytes' are."""
+    return hasattr(linear.weight, "quant_state")
+
+
 def factor_dtype(weight: Tensor) -> torch.dtype:
     """Links are kept in fp32, so that AdamW's small steps are not rounded away; fp64 for an fp64 model."""
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _is_linear4bit(linear: nn.Linear) -> bool:
+    """Without importing bitsandbytes, which whoever made it has done."""
+    kind = type(linear)
+    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
+
+
+def _require_nf4(linear: nn.Linear, name: str) -> None:
+    from cola_kernels import nf4
+
+    try:
+        nf4.read(linear.weight)
+    except ValueError as error:
+        raise UserError(f"{name} cannot take a link: {error}") from None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cola_kernels import FoldReport
 
@@ -27,11 +25,12 @@ class SealedLink:
     ranks: dict[str, int]
     files: dict[str, str]  # file name -> sha256
     contents: dict[str, bytes] | None  # the files themselves, while there is no folder
+    difference: bool = False  # its second half takes out what it started from, see `opening`
     folder: Path | None = None
     fold: dict[str, Any] = field(default_factory=dict)  # what folding it kept, see `summarise`; empty until then
 
     @classmethod
-    def seal(cls, index: int, factors: Mapping[str, Factors], **peft: Any) -> SealedLink:
+    def seal(cls, index: int, factors: Mapping[str, Factors], *, difference: bool = False, **peft: Any) -> SealedLink:
         """Refuses a link that is not finite: it would poison the base for good."""
         for name, f in factors.items():
             if not (torch.isfinite(f.a).all() and torch.isfinite(f.b).all()):
@@ -41,7 +40,7 @@ class SealedLink:
                 )
         contents = peft_format.encode(factors, **peft)
         ranks = {name: f.rank for name, f in factors.items()}
-        return cls(index, ranks, {name: store.sha256(data) for name, data in contents.items()}, contents)
+        return cls(index, ranks, {name: store.sha256(data) for name, data in contents.items()}, contents, difference)
 
     @property
     def sha256(self) -> str:
@@ -53,9 +52,18 @@ class SealedLink:
         store.write_folder(folder, contents)
         self.folder, self.contents = folder, None
 
+    def detach(self) -> None:
+        """Hold the files, checked, in memory: what happens to the folder no longer matters."""
+        self.contents, self.folder = self._read(), None
+
     def factors(self) -> dict[str, Factors]:
         """Module -> factors on the CPU, checked against the hashes. Raises UserError for a damaged file."""
         return peft_format.decode(self._read())
+
+    def steps(self) -> dict[str, tuple[Factors | None, Factors]]:
+        """Module -> what to fold before the link is trained (taking its start out, if it has one), and after."""
+        parts = {name: (f.halves() if self.difference else (f, None)) for name, f in self.factors().items()}
+        return {name: (taken, trained) for name, (trained, taken) in parts.items()}
 
     def record(self) -> dict[str, Any]:
         """Its entry in chain.json."""
@@ -64,13 +72,15 @@ class SealedLink:
             "folder": folder_name(self.index),
             "ranks": self.ranks,
             "sha256": self.files,
+            "difference": self.difference,
             "fold": self.fold,
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], run: Path) -> SealedLink:
-        folder = run / record["folder"]
-        return cls(record["index"], dict(record["ranks"]), dict(record["sha256"]), None, folder, dict(record["fold"]))
+        folder, files = run / record["folder"], dict(record["sha256"])
+        difference, fold = bool(record.get("difference")), dict(record["fold"])
+        return cls(record["index"], dict(record["ranks"]), files, None, difference, folder, fold)
 
     def _read(self) -> dict[str, bytes]:
         if self.contents is not None:
@@ -91,18 +101,6 @@ def summarise(reports: Mapping[str, FoldReport]) -> dict[str, Any]:
 
 def folder_name(index: int) -> str:
     return f"links/{index:03d}"
-
-
-def initial_factors(shape: tuple[int, int], rank: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    """COLA's and LoRA's start: A Kaiming-uniform as PEFT draws it, B = 0, so the model's function is unchanged.
-
-    Drawn on the CPU from its own generator: the same on every device, and independent of what else used the global one.
-    """
-    n, k = shape
-    generator = torch.Generator().manual_seed(seed)
-    bound = math.sqrt(1 / k)  # kaiming_uniform_(a=sqrt(5)): gain sqrt(1/3) times sqrt(3 / fan_in)
-    a = torch.empty(rank, k, dtype=dtype).uniform_(-bound, bound, generator=generator)
-    return a, torch.zeros(n, rank, dtype=dtype)
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:

@@ -9,7 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .chain import Chain
+from .targets import select_modules
 
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: its code, and its share of a scale quantised in blocks of 256
 OPTIMIZER_BYTES = 16  # per trained parameter: fp32 value, gradient and AdamW's two moments
 
 
@@ -36,19 +38,24 @@ def estimate(
     batch: int,
     length: int,
     logits: int,
+    in_4bit: bool = False,
 ) -> Estimate:
     """For a chain attached to a model on the meta device, to be trained on `device`. The model is of no use afterwards.
 
     batch, length: sequences and tokens per sequence in one forward pass. logits: positions that need logits.
+    in_4bit: the linear layers will be NF4, but for the output head.
     """
     model.to(dtype)
     for layer in chain.layers.values():  # the link stays fp32 whatever the base is
         for parameter in (layer.lora_A, layer.lora_B):
-            assert parameter is not None
-            parameter.data = parameter.data.float()
+            if parameter is not None:
+                parameter.data = parameter.data.float()
     trained = sum(p.numel() for p in chain.parameters())
-    base = [p for p in model.parameters() if not p.requires_grad]
+    base = [p for name, p in model.named_parameters() if not name.endswith((".lora_A", ".lora_B"))]
     weights = sum(p.numel() * p.element_size() for p in base)
+    if in_4bit:
+        covered = select_modules(model, "all-linear").values()
+        weights -= sum(round(m.weight.numel() * (m.weight.element_size() - NF4_BYTES)) for m in covered)
     activations = obstacle = None
     try:
         activations = _saved_for_backward(model, device, batch, length, logits)

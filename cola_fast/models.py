@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from pathlib import Path
@@ -27,10 +28,16 @@ def load_model(config: ModelConfig) -> nn.Module:
         options["attn_implementation"] = config.attention
     if config.gguf_file is None:
         options["use_safetensors"] = True
+    if config.load_in_4bit:
+        options |= {"quantization_config": _nf4(options["dtype"], config), "device_map": {"": device}}
     model = _from_pretrained(AutoModelForCausalLM, config, **options)
     if config.gguf_file is not None:
         forget_gguf(model)
-    return cast(nn.Module, model.to(device).eval())
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weight in place at its first use in eval mode, rounding its scales
+            module.support_avx512bf16_for_cpu = False
+    return cast(nn.Module, (model if config.load_in_4bit else model.to(device)).eval())
 
 
 def load_empty_model(config: ModelConfig) -> nn.Module:
@@ -42,6 +49,19 @@ def load_empty_model(config: ModelConfig) -> nn.Module:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code, **options)
     return cast(nn.Module, model)
+
+
+def _nf4(dtype: torch.dtype, config: ModelConfig) -> Any:
+    """QLoRA's quantisation: NF4 in blocks of 64, the scales quantised too, computing in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    if config.gguf_file is not None:
+        raise UserError(f"{config.gguf_file} is a GGUF file and cannot be loaded in 4 bits: give a safetensors model.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.load_in_4bit needs bitsandbytes: pip install 'cola_fast[bitsandbytes]'.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 class Factors(NamedTuple):
@@ -35,6 +36,20 @@ class Factors(NamedTuple):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def negated(self) -> Factors:
+        return self._replace(b=-self.b)
+
+    def minus(self, start: Factors) -> Factors:
+        """This update less another of the same rank and alpha, as one of twice the rank. `halves` undoes it exactly."""
+        return Factors(torch.cat([self.a, start.a]), torch.cat([self.b, -start.b], dim=1), 2 * self.alpha)
+
+    def halves(self) -> tuple[Factors, Factors]:
+        """Of a difference made by `minus`: the update, and the start with B negated, both to be added."""
+        r = self.rank // 2
+        a, b = self.a.split(r), self.b.split(r, dim=1)
+        trained, taken = (Factors(x.clone(), y.contiguous(), self.alpha / 2) for x, y in zip(a, b, strict=True))
+        return trained, taken
 
 
 def encode(
@@ -66,8 +81,8 @@ def encode(
     }
     tensors: dict[str, Tensor] = {}
     for name, f in factors.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = f.a.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = f.b.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = f.a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = f.b.contiguous()
     return {
         CONFIG_FILE: (json.dumps(config, indent=1, sort_keys=True) + "\n").encode(),
         TENSOR_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
@@ -81,7 +96,7 @@ def decode(files: Mapping[str, bytes]) -> dict[str, Factors]:
     factors = {}
     for key, a in tensors.items():
         if key.endswith(".lora_A.weight"):
-            name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+            name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
             alpha = float(config["alpha_pattern"].get(name, config["lora_alpha"]))
-            factors[name] = Factors(a, tensors[f"{_PREFIX}{name}.lora_B.weight"], alpha)
+            factors[name] = Factors(a, tensors[f"{PREFIX}{name}.lora_B.weight"], alpha)
     return dict(sorted(factors.items()))

@@ -27,7 +27,7 @@ def dry_run(config: Config) -> str:
     c, t = config.chain, config.train
     chain = attach(
         model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rank_pattern=c.rank_pattern,
-        first_rank=max(span.rank for span in schedule.spans),
+        first_rank=max(span.rank for span in schedule.spans), scaling=c.scaling, frozen=c.frozen, share=c.share,
     )  # fmt: skip
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
@@ -35,12 +35,13 @@ def dry_run(config: Config) -> str:
     labelled = max(sum(label >= 0 for label in example.labels) for example in data.train)
     need = estimate(
         chain, model, device=device, dtype=dtype, batch=t.batch_size, length=length,
-        logits=length if t.packing else labelled,
+        logits=length if t.packing else labelled, in_4bit=config.model.load_in_4bit,
     )  # fmt: skip
     percent = f"{need.trained / need.total:.2%}"
     lines = [
         f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {dtype} on {device}",
-        f"link       {len(chain.layers)} layers, {need.trained:,} trainable parameters ({percent})",
+        f"link       {len(chain.pairs())} layers, {need.trained:,} trainable parameters ({percent})",
+        *([] if c.ranks == "uniform" else [f"           at rank {c.r}; {c.ranks} chooses ranks before it trains"]),
         *(f"data       {note}" for note in data.notes),
         f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(feed)} batches an epoch, "
         f"lr {config.schedule.lr:g} {config.schedule.lr_shape}, {config.schedule.lr_span}",
@@ -67,10 +68,11 @@ def dry_run(config: Config) -> str:
 def score_run(folder: str | Path, *, best: bool = False) -> list[dict[str, Any]]:
     """Scores of the base, after each link, with the open link if there is one, and of the merged export reloaded."""
     from .best import load_best
-    from .chain import load_chain, read_record
+    from .chain import load_chain
     from .data import load_data
     from .evaluate import evaluate
     from .models import context_length, load_model, load_tokenizer
+    from .record import read_record
     from .run import load_config
 
     run = Path(folder)
@@ -87,15 +89,15 @@ def score_run(folder: str | Path, *, best: bool = False) -> list[dict[str, Any]]
             {"model": name, "loss": result.loss, "accuracy": result.accuracy, "examples": result.examples, **more}
         )
 
-    score("base", model)
     chain = load_chain(model, run, links=0)
+    score("base", model)
     for entry in record["links"]:
         chain.replay(1)
         ranks = sorted(set(entry["ranks"].values()))
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
         count = entry["index"] + 1
         score(f"after {count} link{'s' if count > 1 else ''}", model, rank=rank, retained=entry["fold"].get("retained"))
-    chain.detach()
+    chain.detach(discard=True)
     del chain, model
     with tempfile.TemporaryDirectory() as temporary:
         chain = load_chain(load_model(config.model), run)
@@ -104,7 +106,8 @@ def score_run(folder: str | Path, *, best: bool = False) -> list[dict[str, Any]]
         target = chain.export_merged(Path(temporary) / "merged")
         del chain
         gc.collect()
-        score("merged export", load_model(replace(config.model, name=str(target), gguf_file=None, revision=None)))
+        exported = replace(config.model, name=str(target), gguf_file=None, revision=None, load_in_4bit=False)
+        score("merged export", load_model(exported))
     if best:
         score("best checkpoint", load_best(load_model(config.model), run).model)
     return rows
@@ -131,32 +134,50 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def export_run(folder: str | Path, to: str, *, out: str | None = None, best: bool = False) -> str:
-    """Rebuild the chain on its base and export it. Returns a sentence saying what is where."""
+def export_run(
+    folder: str | Path,
+    to: str,
+    *,
+    out: str | None = None,
+    best: bool = False,
+    onto: str = "base",
+    rank: int | None = None,
+) -> str:
+    """Rebuild the chain on its base and export it. Returns a sentence saying what is where.
+
+    onto: "base", the one it was trained on, or "original": the 16-bit weights that a 4-bit base was quantised from.
+    rank: to cut an adapter to.
+    """
     from .best import load_best
-    from .chain import load_chain, read_record
+    from .chain import load_chain
     from .models import load_model, load_tokenizer
+    from .record import read_record
     from .run import load_config
 
     run = Path(folder)
     read_record(run)
+    if rank is not None and to != "adapter":
+        raise UserError(f"--rank is for --to adapter, but --to is {to}: leave it out.")
     config = load_config(run)
     target = Path(out) if out else run / "export" / to
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"{target} already exists: choose another folder with --out, or remove it.")
+    if onto == "original" and (to == "adapter" or not config.model.load_in_4bit):
+        raise UserError("--onto original is for the merged export of a chain on a 4-bit base: leave it out.")
     model = load_model(config.model)
     chain = load_best(model, run) if best else load_chain(model, run)
     links = len(chain.links) + (chain.open_link is not None)
     if to == "adapter":
-        chain.export_adapter(target)
-        return f"{links} links as one PEFT adapter: {target}"
-    chain.export_merged(target, load_tokenizer(config.model))
-    return f"{links} links merged into {config.model.name}: {target}"
+        return f"{links} links as one PEFT adapter: {chain.export_adapter(target, rank)}"
+    original = load_model(replace(config.model, load_in_4bit=False)) if onto == "original" else None
+    chain.export_merged(target, load_tokenizer(config.model), onto=original)
+    base = ", its 4-bit weights dequantised" if config.model.load_in_4bit and original is None else ""
+    return f"{links} links merged into {config.model.name}{base}: {target}"
 
 
 def describe(folder: str | Path) -> str:
     """The chain, link by link, and where training stands. Reads chain.json and the state, no weights."""
-    from .chain import load_state, read_record
+    from .record import load_state, read_record
 
     run = Path(folder)
     record, state = read_record(run), load_state(run)

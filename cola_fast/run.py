@@ -12,9 +12,9 @@ from typing import Any
 
 from . import config as configuration
 from . import store
-from .chain import CHAIN_FILE
 from .config import Config
 from .errors import UserError
+from .record import CHAIN_FILE
 
 CONFIG_FILE = "config.yaml"
 # Keys that may differ when a run is resumed: they do not change the links.

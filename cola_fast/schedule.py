@@ -32,6 +32,11 @@ class Schedule:
 
     def lr(self, step: int, link: int, link_start: int) -> float:
         """Learning rate of the optimizer step with number `step` (from 0); link `link` began at step `link_start`."""
+        done, rewarm = step - link_start, self.config.rewarm
+        jag = (done + 1) / (rewarm + 1) if link > 0 and done < rewarm else 1.0
+        return jag * self._curve(step, link, link_start)
+
+    def _curve(self, step: int, link: int, link_start: int) -> float:
         c = self.config
         length, done = (self.total, step) if c.lr_span == "global" else (self.spans[link].steps, step - link_start)
         warmup = c.warmup * length if c.warmup < 1 else c.warmup

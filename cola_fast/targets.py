@@ -59,6 +59,12 @@ def assign_ranks(shapes: Mapping[str, tuple[int, int]], r: int, pattern: Mapping
     return ranks
 
 
+def block_of(name: str) -> str:
+    """`model.layers.3` of `model.layers.3.self_attn.q_proj`: up to the first number. The name itself if it has none."""
+    found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
+    return found[0] if found else name
+
+
 def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The last parts of the names (`q_proj`) if they select exactly these modules of the model, else the full names."""
     wanted = set(names)

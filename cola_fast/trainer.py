@@ -27,12 +27,17 @@ from tqdm import tqdm
 from . import metrics, plot
 from .batches import Feed, batch_loss, check_packing, check_padding, wants_flat
 from .best import save_best
-from .chain import Chain, attach, load_chain, load_state
-from .config import Config, TrainConfig
+from .chain import Chain, attach, load_chain
+from .config import Config
 from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
+from .link import derive_seed
+from .methods import GRADIENT, RANKS, STATE
 from .models import checkpoint_activations, context_length, load_model, load_tokenizer, needed_logits
+from .optimizer import load_state as load_optimizer_state
+from .optimizer import make_optimizer, set_lr
+from .record import load_state
 from .run import Run
 from .schedule import Schedule, plan
 
@@ -87,9 +92,11 @@ def train(config: Config, *, quiet: bool = False) -> Result:
             chain = load_chain(model, run.path)
         else:
             c = config.chain
+            pattern = RANKS.choose(c.ranks)(model, data.train, c, 0) or c.rank_pattern
             chain = attach(
                 model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
-                seed=config.train.seed, rank_pattern=c.rank_pattern, first_rank=schedule.spans[0].rank,
+                seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
+                scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry,
             )  # fmt: skip
         for span in schedule.spans:
             chain.ranks(span.rank)
@@ -136,7 +143,9 @@ class _Loop:
         self.resumed = state is not None
         self.score: Score | None = None
         self.optimizer: torch.optim.Optimizer | None = None
-        self.optimizer_state: dict[str, Any] | None = None  # to be loaded into the next optimizer
+        self.optimizer_state: dict[int, dict[str, Any]] = {}  # to be loaded into the next optimizer
+        gradient = config.train.gradient
+        self.change_gradients = None if gradient is None else GRADIENT.choose(gradient)
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at: reading one waits for the GPU
         self.unlogged: list[float] = []  # losses of the steps since the last row of metrics
         torch.manual_seed(config.train.seed)
@@ -179,11 +188,12 @@ class _Loop:
         """Make sure the link is open and has its optimizer; save, so that a run always has a state to resume from."""
         fresh = self.chain.open_link is None
         if fresh:
-            self.chain.extend(self.schedule.spans[self.at.link].rank)
-        self.optimizer = make_optimizer(self.chain.parameters(), self.config.train)
-        if self.optimizer_state is not None:
-            _load_optimizer(self.optimizer, self.optimizer_state)
-            self.optimizer_state = None
+            c, link = self.config.chain, self.at.link
+            pattern = RANKS.choose(c.ranks)(self.model, self.data.train, c, link)
+            self.chain.extend(self.schedule.spans[link].rank, rank_pattern=pattern)
+        self.optimizer = make_optimizer(self.chain, self.config.train)
+        load_optimizer_state(self.optimizer, self.optimizer_state)
+        self.optimizer_state = {}
         if fresh or self.chain.folder is None:
             self._save()
 
@@ -198,12 +208,12 @@ class _Loop:
             part = batch_loss(needed_logits(self.model, batch), batch)[0] / labelled
             part.backward()
             loss += part.detach()
-        parameters = self.chain.parameters()
+        if self.change_gradients is not None:
+            self.change_gradients(self.chain.pairs())
         if t.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, t.clip)
+            nn.utils.clip_grad_norm_(self.chain.parameters(), t.clip)
         lr = self.schedule.lr(at.step, at.link, at.link_start)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -234,10 +244,9 @@ class _Loop:
             self.chain.tie()
         link = self.chain.links[at.link]
         self._log({"event": "knot", "step": at.step, "link": at.link, "sha256": link.sha256, **link.fold})
-        if self.config.schedule.optimizer_state == "keep":
-            self.optimizer_state = self.optimizer.state_dict() if self.optimizer else self.optimizer_state
-        else:
-            self.optimizer_state = None
+        state = self.optimizer.state_dict()["state"] if self.optimizer else self.optimizer_state
+        c, seed = self.config.schedule, derive_seed(self.config.train.seed, "state", at.link)
+        self.optimizer_state = STATE.choose(c.optimizer_state)(state, c.prune, seed)
         self.optimizer = None
         at.link, at.link_start, at.knot_due = at.link + 1, at.step, False
         at.link_best_loss, at.link_stale = math.inf, 0
@@ -280,7 +289,7 @@ class _Loop:
         extra = {
             "position": asdict(self.at),
             "feed": self.feed.state_dict(),
-            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "optimizer": self.optimizer.state_dict() if self.optimizer else {"state": self.optimizer_state},
             "rng": rng,
         }
         self.chain.save(self.path, extra)
@@ -288,7 +297,7 @@ class _Loop:
     def _restore(self, extra: dict[str, Any]) -> None:
         self.at = Position(**extra["position"])
         self.feed.load_state_dict(extra["feed"])
-        self.optimizer_state = extra["optimizer"]
+        self.optimizer_state = extra["optimizer"]["state"]
         torch.set_rng_state(extra["rng"]["cpu"])
         if torch.cuda.is_available() and extra["rng"]["cuda"]:
             torch.cuda.set_rng_state_all(extra["rng"]["cuda"])
@@ -333,21 +342,6 @@ class _Loop:
         self.said_at = time.perf_counter()
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
-
-
-def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, fused where PyTorch has it (CUDA and CPU do)."""
-    fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters)
-    return torch.optim.AdamW(
-        parameters, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
-    )
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Moments of factors whose shape has changed (a link of another rank) start afresh."""
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
-    kept = {i: s for i, s in state["state"].items() if s["exp_avg"].shape == shapes[i]}
-    optimizer.load_state_dict({**state, "state": kept})
 
 
 @contextmanager

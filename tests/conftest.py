@@ -72,6 +72,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with rows of whole blocks of 64, as 4-bit weights need them."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("model") / "wide-llama"
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Sentences of which the majority of words is below w28 (label 0) or not (label 1)."""
     import random

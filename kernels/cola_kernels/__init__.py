@@ -5,7 +5,18 @@ PyTorch, and `backend` says which of the two runs.
 """
 
 from . import reference
-from .ops import lora_linear, lora_linear_group, merge_
+from .nf4 import unpack_nf4_
+from .ops import lora_linear, lora_linear_group, merge_, nf4_dequantize, nf4_merge_, nf4_merge_with_carry_
 from .reference import FoldReport
 
-__all__ = ["FoldReport", "lora_linear", "lora_linear_group", "merge_", "reference"]
+__all__ = [
+    "FoldReport",
+    "lora_linear",
+    "lora_linear_group",
+    "merge_",
+    "nf4_dequantize",
+    "nf4_merge_",
+    "nf4_merge_with_carry_",
+    "reference",
+    "unpack_nf4_",
+]

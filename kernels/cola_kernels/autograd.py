@@ -10,7 +10,7 @@ It takes a group of members that read the same x (q, k and v; gate and up): thei
 for every S and once for every dA, and their dX is accumulated in one buffer. A single layer is a group of one.
 
 Backward keeps x and S, nothing else: dropout is made again from its seed. With every A frozen x is not kept, and with
-every B frozen S is not.
+every B frozen S is not. An NF4 weight is dequantised in forward and again in backward, into a buffer that all share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from . import nf4
 from .checks import check_group, check_lora_linear
+from .nf4 import NF4, Layout, Weight
 from .philox import as_seed
 
 
@@ -62,6 +64,11 @@ class FactorGrad(Protocol):
         """`dsᵀ drop(x)`: ds [M, R], x [M, K] -> [R, K] in `dtype`."""
 
 
+class Dequantize(Protocol):
+    def __call__(self, weight: NF4, out: Tensor) -> Tensor:
+        """Write an NF4 weight into out [N, K], and return out."""
+
+
 class Primitives(NamedTuple):
     """What a backend implements. The operands of one call share a dtype."""
 
@@ -70,42 +77,68 @@ class Primitives(NamedTuple):
     seeded_matmul: SeededMatmul
     output_grads: OutputGrads
     factor_grad: FactorGrad
+    dequantize: Dequantize
 
 
 def make_function(ops: Primitives) -> type[Function]:
-    """The Function over `ops`. Its inputs: x, seed, scales, dropout; then all weights, lora_as, lora_bs, biases."""
+    """The Function over `ops`. Its inputs: x, seed, scales, dropout and layouts; then all weights (or their codes),
+    lora_as, lora_bs, biases, and what else NF4 weights consist of."""
+
+    def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+        if isinstance(weight, Tensor):
+            return weight.to(dtype)
+        return ops.dequantize(weight, nf4.scratch(weight, dtype))
 
     class LoRALinear(Function):
         @staticmethod
         def forward(
-            ctx: Any, x: Tensor, seed: Tensor | None, scales: tuple[float, ...], dropout: float, *members: Any
+            ctx: Any,
+            x: Tensor,
+            seed: Tensor | None,
+            scales: tuple[float, ...],
+            dropout: float,
+            layouts: tuple[Layout | None, ...],
+            *members: Any,
         ) -> tuple[Tensor, ...]:
             count, dtype = len(scales), x.dtype
-            weights, lora_as, lora_bs, biases = (members[i * count : (i + 1) * count] for i in range(4))
+            mains, lora_as, lora_bs, biases = (members[i * count : (i + 1) * count] for i in range(4))
+            others = members[4 * count :]
+            weights = nf4.join(mains, others, layouts)
             rows = x.reshape(-1, x.shape[-1])  # [M, K]
             mask = None if seed is None else ops.make_mask(seed, rows.shape[0], rows.shape[1], dropout)
             s = ops.project(rows, stack(lora_as).to(dtype), 1.0, dropout, mask)  # [M, sum of R]
             ys = []
             for w, b, bias, scale, s_i in zip(weights, lora_bs, biases, scales, _split(s, lora_as), strict=True):
                 bias = None if bias is None else bias.to(dtype)
-                y = ops.seeded_matmul(rows, w.to(dtype).t(), s_i, b.to(dtype).t(), scale, bias, 0.0, None)  # [M, N]
-                ys.append(y.reshape(*x.shape[:-1], y.shape[-1]))
-            needs = ctx.needs_input_grad[4:]
+                y = ops.seeded_matmul(rows, dense(w, dtype).t(), s_i, b.to(dtype).t(), scale, bias, 0.0, None)  # [M, N]
+                # no view in autograd's eyes: whoever gets it may change it in place, as nn.Linear's output
+                ys.append(torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1])))
+            needs = ctx.needs_input_grad[5:]
             needs_a, needs_b = any(needs[count : 2 * count]), any(needs[2 * count : 3 * count])
-            ctx.save_for_backward(x if needs_a else None, s if needs_b else None, seed, *weights, *lora_as, *lora_bs)
-            ctx.scales, ctx.dropout, ctx.x_shape = scales, dropout, x.shape
+            kept = (x if needs_a else None, s if needs_b else None, seed)
+            ctx.save_for_backward(*kept, *mains, *lora_as, *lora_bs, *others)
+            ctx.scales, ctx.dropout, ctx.layouts, ctx.x_shape = scales, dropout, layouts, x.shape
+            if count > 1:
+                ctx.set_materialize_grads(False)  # to tell a member whose output was not used: it gets no gradient
             ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
             return tuple(ys)
 
         @staticmethod
         @once_differentiable
-        def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             scales, dropout, count = ctx.scales, ctx.dropout, len(ctx.scales)
             x, s, seed, *members = ctx.saved_tensors
-            weights, lora_as, lora_bs = (members[i * count : (i + 1) * count] for i in range(3))
-            needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-            needs_a, needs_b, needs_bias = (needs[i * count : (i + 1) * count] for i in (1, 2, 3))
-            rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # each [M, N]
+            mains, lora_as, lora_bs = (members[i * count : (i + 1) * count] for i in range(3))
+            others = members[3 * count :]
+            weights = nf4.join(mains, others, ctx.layouts)
+            needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+            needs_a, needs_b, needs_bias = (
+                [need and dy is not None for need, dy in zip(needs[i * count : (i + 1) * count], dys, strict=True)]
+                for i in (1, 2, 3)
+            )
+            rows = _rows(dys, lora_bs)  # each [M, N]
+            if not rows:
+                return (None,) * (5 + 4 * count + len(others))
             dtype = rows[0].dtype
             dx: Tensor | None = None
             das: Sequence[Tensor | None] = [None] * count
@@ -123,9 +156,10 @@ def make_function(ops: Primitives) -> type[Function]:
                 mask = None if seed is None else ops.make_mask(seed, len(stacked), lora_as[0].shape[1], dropout)
             if needs_x:
                 a = stack(lora_as).to(dtype)
-                dx = ops.seeded_matmul(rows[0], weights[0].to(dtype), stacked, a, 1.0, None, dropout, mask)  # [M, K]
-                for dy, w in zip(rows[1:], weights[1:], strict=True):
-                    dx.addmm_(dy, w.to(dtype))
+                w = dense(weights[0], dtype)
+                dx = ops.seeded_matmul(rows[0], w, stacked, a, 1.0, None, dropout, mask)  # [M, K]
+                for dy, weight in zip(rows[1:], weights[1:], strict=True):
+                    dx.addmm_(dy, dense(weight, dtype))
                 dx = dx.reshape(ctx.x_shape)
             if any(needs_a):
                 x = x.reshape(-1, x.shape[-1])
@@ -136,7 +170,7 @@ def make_function(ops: Primitives) -> type[Function]:
                 dy.sum(0).to(bias_dtype) if need else None
                 for dy, bias_dtype, need in zip(rows, ctx.bias_dtypes, needs_bias, strict=True)
             ]
-            return dx, None, None, None, *([None] * count), *das, *dbs, *dbiases
+            return dx, None, None, None, None, *([None] * count), *das, *dbs, *dbiases, *([None] * len(others))
 
     return LoRALinear
 
@@ -155,8 +189,9 @@ def apply(
     """Checks, autocast and seed; then the Function."""
     x = checked(x, weights, lora_as, lora_bs, scales, biases, dropout)
     mask_seed = as_seed(seed, x.device) if dropout > 0 else None
-    members = (*weights, *lora_as, *lora_bs, *biases)
-    ys: tuple[Tensor, ...] = function.apply(x, mask_seed, tuple(scales), dropout, *members)
+    mains, others, layouts = nf4.split([nf4.as_weight(weight) for weight in weights])
+    members = (*mains, *lora_as, *lora_bs, *biases, *others)
+    ys: tuple[Tensor, ...] = function.apply(x, mask_seed, tuple(scales), dropout, layouts, *members)
     return ys
 
 
@@ -171,17 +206,30 @@ def checked(
 ) -> Tensor:
     """x in the dtype to compute in. Raises ValueError for what does not fit."""
     check_group(weights, lora_as, lora_bs, scales, biases)
+    frozen = [nf4.as_weight(weight) for weight in weights]
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     else:
-        for weight in weights:
-            if x.dtype != weight.dtype:
+        for weight in frozen:
+            if isinstance(weight, Tensor) and x.dtype != weight.dtype:
                 raise ValueError(
                     f"x is {x.dtype} but weight is {weight.dtype}: cast one of them, or use torch.autocast."
                 )
-    for weight, a, b, bias in zip(weights, lora_as, lora_bs, biases, strict=True):
+    for weight, a, b, bias in zip(frozen, lora_as, lora_bs, biases, strict=True):
         check_lora_linear(x, weight, a, b, bias, dropout)
     return x
+
+
+def _rows(dys: Sequence[Tensor | None], lora_bs: Sequence[Tensor]) -> list[Tensor]:
+    """Each dY as [M, N]: zeros for a member whose output was not used, nothing at all if none was."""
+    used = [dy for dy in dys if dy is not None]
+    if not used:
+        return []
+    rows = used[0].numel() // used[0].shape[-1]
+    return [
+        used[0].new_zeros(rows, len(b)) if dy is None else dy.reshape(-1, dy.shape[-1])
+        for dy, b in zip(dys, lora_bs, strict=True)
+    ]
 
 
 def stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

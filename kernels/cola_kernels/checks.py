@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .nf4 import NF4, Weight
+
 ROUNDINGS = ("nearest", "stochastic")
+NF4_ROUNDINGS = ("activation", "nearest", "stochastic")
 
 
 def check_lora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, dropout: float
+    x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, dropout: float
 ) -> None:
     check_factors(weight, lora_a, lora_b)
     n, k = weight.shape
@@ -20,7 +23,10 @@ def check_lora_linear(
         raise ValueError(f"bias has shape {list(bias.shape)}, but weight has {n} rows: bias must be [{n}].")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}, but it must be at least 0 and less than 1.")
-    if weight.requires_grad:
+    if isinstance(weight, NF4):
+        if not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype}, but must be floating point.")
+    elif weight.requires_grad:
         raise ValueError(
             "weight requires a gradient, but lora_linear treats it as frozen: weight.requires_grad_(False)."
         )
@@ -49,8 +55,35 @@ def check_merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, rounding: str) -
         raise ValueError(f"rounding is {rounding!r}, but it must be one of {', '.join(ROUNDINGS)}.")
 
 
-def check_factors(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    if weight.dim() != 2 or lora_a.dim() != 2 or lora_b.dim() != 2:
+def check_nf4_merge(
+    weight: NF4,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rounding: str,
+    second_moment: Tensor | None,
+    held_out: Tensor | None,
+    carry_rank: int,
+) -> None:
+    check_factors(weight, lora_a, lora_b)
+    if rounding not in NF4_ROUNDINGS:
+        raise ValueError(f"rounding is {rounding!r}, but it must be one of {', '.join(NF4_ROUNDINGS)}.")
+    if second_moment is None and (rounding == "activation" or carry_rank):
+        raise ValueError(
+            "second_moment is None, but activation rounding and carries need the mean of x xᵀ over inputs."
+        )
+    for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if not bool(factor.isfinite().all()):
+            raise ValueError(f"{name} is not finite: there is no update to fold.")
+    k = weight.shape[1]
+    for name, moment in (("second_moment", second_moment), ("held_out", held_out)):
+        if moment is not None and tuple(moment.shape) != (k, k):
+            raise ValueError(f"{name} has shape {list(moment.shape)}, but weight has {k} columns: expected [{k}, {k}].")
+        if moment is not None and not bool(moment.isfinite().all()):
+            raise ValueError(f"{name} is not finite: leave out the batch whose activations overflowed.")
+
+
+def check_factors(weight: Weight, lora_a: Tensor, lora_b: Tensor) -> None:
+    if len(weight.shape) != 2 or lora_a.dim() != 2 or lora_b.dim() != 2:
         raise ValueError(
             f"weight, lora_a and lora_b must be matrices, but have shapes {list(weight.shape)}, "
             f"{list(lora_a.shape)} and {list(lora_b.shape)}."

@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import backend, matmul, merge, skinny
+from . import backend, dequantize, matmul, merge, nf4_fold, nf4_merge, skinny
 from .tuning import Config, Shape, rank_block
 
 KIB = 1024
@@ -82,7 +82,7 @@ class Row(NamedTuple):
 def cases() -> list[Case]:
     """Everything the launchers can ask for, with K and N multiples of 16, and M and R both or neither."""
     found: dict[str, Case] = {}
-    for case in itertools.chain(_skinny_cases(), _matmul_cases(), _merge_cases()):
+    for case in itertools.chain(_skinny_cases(), _matmul_cases(), _merge_cases(), _nf4_cases()):
         rule = case.rule or (case.label() in found and found[case.label()].rule)  # for any number of tokens
         found[case.label()] = case._replace(rule=rule)
     odd = [case._replace(odd=True) for case in found.values() if "R" in case.kernel.arg_names]
@@ -148,6 +148,24 @@ def _merge_cases() -> Iterator[Case]:
         yield Case(merge._merge_kernel, "merge", dtype, types, constants, merge.CONFIG, True)
 
 
+def _nf4_cases() -> Iterator[Case]:
+    """Blocks of 64, which is bitsandbytes' default; with scales in one level and in two."""
+    types = {"p_codes": "*u8", **dict.fromkeys(("p_absmax", "p_absmax2", "p_table", "p_offset", "p_levels"), "*fp32")}
+    for nested in (False, True):
+        types |= {"p_absmax": "*u8" if nested else "*fp32"}
+        scales: dict[str, Any] = {"BS": 64, "BS2": 256 if nested else 0}
+        scales |= {} if nested else dict.fromkeys(("p_absmax2", "p_table", "p_offset"))
+        for dtype in DTYPES:
+            constants = {**scales, "BB": dequantize.ELEMENTS // 64}
+            yield Case(dequantize._dequantize_kernel, "dequantize", dtype, types, constants, dequantize.CONFIG, True)
+        for stochastic in (False, True):
+            constants = {**scales, "BLOCKS": nf4_merge.CONFIG["BK"] // 64, "STOCHASTIC": stochastic}
+            constants |= {"stride_ak": 1, "stride_br": 1} | ({} if stochastic else {"p_seed": None})
+            yield Case(nf4_merge._merge_kernel, "nf4_codes", "fp32", types, constants, nf4_merge.CONFIG, True)
+    config = {"BK": nf4_fold.BLOCK_COLUMNS, **nf4_merge.BLOCK_CONFIG}
+    yield Case(nf4_merge._round_block_kernel, "nf4_block", "fp32", {"p_codes": "*u8"}, {}, config, True)
+
+
 def runs_on(case: Case, target: str) -> bool:
     """The GEMM uses TMA where there is one, from sm_90 on, and pointers elsewhere."""
     return case.constants.get("TMA") in (None, target in ("sm_90", "sm_100"))
@@ -155,7 +173,7 @@ def runs_on(case: Case, target: str) -> bool:
 
 def compile_case(case: Case, target: str) -> Usage:
     """Compile, and read what the assembler says of the result."""
-    options = {k: v for k, v in case.config.items() if k.startswith("num_")}
+    options = {k: v for k, v in case.config.items() if k.islower()}  # blocks are upper case
     constants = {**case.constants, **{k: v for k, v in case.config.items() if k not in options}}
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, case) for name in names}

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backend, reference, small
+from . import autograd, backend, nf4, nf4_fold, reference, small
+from .nf4 import NF4
 from .reference import FoldReport
 
 _LIBRARY = torch.library.Library("cola_kernels", "FRAGMENT")
@@ -58,10 +59,25 @@ def _fake_factor_grad(ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None
     return x.new_empty(ds.shape[1], x.shape[1], dtype=dtype)
 
 
+def _fake_dequantize(*args: Any) -> None:
+    return None
+
+
 def _triton_function() -> type[torch.autograd.Function] | None:
     if not backend.HAS_TRITON:
         return None
-    from . import matmul, skinny
+    from . import dequantize, matmul, skinny
+
+    into = _op(
+        "nf4_dequantize_(Tensor codes, Tensor absmax, Tensor? absmax2, Tensor? table, Tensor? offset, int blocksize, "
+        "int blocksize2, Tensor(a!) out) -> ()",
+        dequantize.launch_dequantize,
+        _fake_dequantize,
+    )
+
+    def dequantize_into(weight: NF4, out: Tensor) -> Tensor:
+        into(*weight[:5], *weight.layout, out)
+        return out
 
     return autograd.make_function(
         autograd.Primitives(
@@ -87,6 +103,7 @@ def _triton_function() -> type[torch.autograd.Function] | None:
                 skinny.launch_factor_grad,
                 _fake_factor_grad,
             ),
+            dequantize_into,
         )
     )
 
@@ -131,7 +148,7 @@ def lora_linear_group(
     """
     if _TRITON is None or not backend.use_triton(x):
         return reference.lora_linear_group(x, weights, lora_as, lora_bs, scales, biases, dropout=dropout, seed=seed)
-    if dropout == 0 and small.is_small(x, lora_bs):
+    if dropout == 0 and small.is_small(x, weights):
         return small.lora_linear_group(x, weights, lora_as, lora_bs, scales, biases)
     return autograd.apply(_TRITON, x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
 
@@ -156,3 +173,98 @@ def merge_(
         with torch.cuda.device_of(weight):
             return triton_merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
     return reference.merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
+
+
+def nf4_dequantize(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of an NF4 weight of bitsandbytes: a new `[N, K]` in `dtype`, rounded once from fp32.
+
+    Raises:
+        ValueError: a weight that is not NF4, or was repacked for the CPU (`unpack_nf4_`).
+    """
+    view = nf4.read(weight)
+    out = torch.empty(view.shape, dtype=dtype, device=weight.device)
+    if backend.use_triton(out):
+        from .dequantize import launch_dequantize
+
+        with torch.cuda.device_of(out):
+            launch_dequantize(*view[:5], *view.layout, out)
+        return out
+    return nf4.dequantize(view, out)
+
+
+def nf4_merge_(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    rounding: str = "stochastic",
+    second_moment: Tensor | None = None,
+    tokens: int | None = None,
+    damping: float = 0.01,
+    held_out: Tensor | None = None,
+    seed: int = 0,
+) -> FoldReport:
+    """`weight += scale · B A` in the codes of an NF4 weight; its scales, and its storage, stay as they are.
+
+    nearest and stochastic work tile by tile; with held_out they need a copy of the codes. activation needs a copy of
+    this one weight in fp32 and its codes, and a few K x K matrices in fp64.
+
+    Args:
+        weight: `[N, K]`, a `Params4bit` of bitsandbytes or any tensor with such a `quant_state`.
+        lora_a, lora_b: `[R, K]` and `[N, R]`.
+        rounding: "stochastic", "nearest" or "activation"; nf4_fold.py says what each is good for.
+        second_moment: of the inputs, the mean of x xᵀ over tokens, `[K, K]`; activation needs it.
+        tokens: how many tokens second_moment is the mean of, to check that they are enough.
+        damping: added to the diagonal of second_moment, as a share of its mean.
+        held_out: a second moment of other inputs, `[K, K]`, in whose metric the fold is reported: an inner product of
+            changes E and D is tr(E H Dᵀ), so that error is that of the layer's output. None: the Frobenius product.
+        seed: of stochastic rounding; the same seed gives the same codes again.
+
+    Raises:
+        ValueError: a weight that is not NF4, or whose rows are not whole blocks; factors that do not fit or are not
+            finite; a second moment that is missing, does not fit, is not finite or not definite; too few tokens for
+            the damping. The weight is then as it was.
+    """
+    options = {"rounding": rounding, "second_moment": second_moment, "tokens": tokens, "damping": damping}
+    report, _ = _nf4_fold(weight, lora_a, lora_b, scale, **options, held_out=held_out, seed=seed)
+    return report
+
+
+def nf4_merge_with_carry_(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    *,
+    second_moment: Tensor,
+    rank: int,
+    rounding: str = "stochastic",
+    tokens: int | None = None,
+    damping: float = 0.01,
+    held_out: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[FoldReport, Tensor, Tensor]:
+    """`nf4_merge_`, and factors of what it left over: A `[rank, K]`, B `[N, rank]`, fp32, where the next link starts.
+
+    weight + scale · B A is then as close to what it should be, for inputs of this second moment, as that rank allows.
+    The report is of the weight alone. It needs a copy of the codes, and a few K x K matrices in fp64.
+
+    Args, Raises: as `nf4_merge_`.
+    """
+    options = {"rounding": rounding, "second_moment": second_moment, "tokens": tokens, "damping": damping}
+    if rank < 1 or scale == 0:
+        raise ValueError(f"rank is {rank} and scale {scale}, but a carry takes a rank of at least 1 and a scale not 0.")
+    report, rest = _nf4_fold(weight, lora_a, lora_b, scale, **options, held_out=held_out, seed=seed, carry_rank=rank)
+    assert rest is not None
+    return report, *rest
+
+
+def _nf4_fold(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, **options: Any
+) -> tuple[FoldReport, tuple[Tensor, Tensor] | None]:
+    kernels = nf4_fold.REFERENCE
+    if backend.use_triton(lora_a):
+        from .nf4_merge import TRITON as kernels
+    with torch.cuda.device_of(lora_a):
+        return nf4_fold.fold(kernels, weight, lora_a, lora_b, scale, **options)

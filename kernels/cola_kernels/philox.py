@@ -34,11 +34,11 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     Only what is multiplied is cut to 32 bits: the products wrap in int64, but their bits are right.
     """
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(ROUNDS):
+    turn = torch.arange(ROUNDS, device=key[0].device)
+    keys = ((word + turn * weyl).unbind() for word, weyl in zip(key, (_WEYL_0, _WEYL_1), strict=True))
+    for k0, k1 in zip(*keys, strict=True):
         p0, p2 = (c0 & _LOW) * _MULTIPLIER_0, (c2 & _LOW) * _MULTIPLIER_2
         c0, c1, c2, c3 = _mix(p2 >> 32, c1, k0), p2, _mix(p0 >> 32, c3, k1), p0
-        k0, k1 = k0 + _WEYL_0, k1 + _WEYL_1
     return c0, c1, c2, c3
 
 

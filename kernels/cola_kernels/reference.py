@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd
+from . import autograd, nf4
 from .checks import check_merge
 from .philox import DRAW_RANGE, as_seed, draws, dropout_threshold, inverse_keep
 
@@ -49,7 +49,8 @@ def lora_linear(
 
     Args:
         x: `[..., K]`, floating point.
-        weight: `[N, K]`, frozen, of x's dtype (or any float dtype under autocast).
+        weight: `[N, K]`, frozen, of x's dtype (or any float dtype under autocast); or an NF4 weight of bitsandbytes,
+            a `Params4bit`, dequantised to x's dtype for as long as one product takes.
         lora_a, lora_b: `[R, K]` and `[N, R]`, any float dtype; used in x's dtype, gradients come back in their own.
         scale: alpha / R.
         bias: `[N]` or None.
@@ -61,7 +62,8 @@ def lora_linear(
         `[..., N]` in x's dtype (the autocast dtype under autocast).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, dropout outside [0, 1), a weight that requires a gradient.
+        ValueError: shapes or dtypes that do not fit, dropout outside [0, 1), a weight that requires a gradient; of
+            quantised weights, what is not NF4, or was repacked for the CPU (`unpack_nf4_`).
     """
     (y,) = autograd.apply(FUNCTION, x, [weight], [lora_a], [lora_b], [scale], [bias], dropout, seed)
     return y
@@ -134,7 +136,9 @@ def factor_grad(ds: Tensor, x: Tensor, dropout: float, mask: Tensor | None, dtyp
     return da if mask is None else da.mul_(inverse_keep(dropout))
 
 
-FUNCTION = autograd.make_function(autograd.Primitives(make_mask, project, seeded_matmul, output_grads, factor_grad))
+FUNCTION = autograd.make_function(
+    autograd.Primitives(make_mask, project, seeded_matmul, output_grads, factor_grad, nf4.dequantize)
+)
 
 
 def _zero(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -192,12 +196,17 @@ def merge_(
             if before is not None:
                 delta = torch.mm(b, a).mul_(scale)
                 change = tile.to(wide) - before.to(wide)
-                along = along + (change * delta).sum(dtype=torch.float64)
-                delta_sq = delta_sq + delta.square().sum(dtype=torch.float64)
-                error_sq = error_sq + change.sub_(delta).square_().sum(dtype=torch.float64)
+                along = along + _inner(change, delta)
+                delta_sq = delta_sq + _inner(delta, delta)
+                error_sq = error_sq + _inner(change.sub_(delta), change)
     if not report:
         return None
     return fold_report(along, delta_sq, error_sq)
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """The Frobenius product of two tiles, without a temporary of their size."""
+    return torch.dot(left.view(-1), right.view(-1)).double()
 
 
 def fold_report(along: Tensor, delta_sq: Tensor, error_sq: Tensor) -> FoldReport:
@@ -214,10 +223,11 @@ def _round_stochastic(value: Tensor, dtype: torch.dtype, seed: Tensor, first_row
     """Round fp32 `[rows, K]` to a neighbour in `dtype`, away from zero with probability distance / spacing.
 
     A draw is added to the bits that `dtype` has no room for, and what is left of them is cut off: the carry is the
-    rounding. Below fp16's smallest normal number, 6.1e-5, the conversion itself rounds to nearest.
+    rounding. Below fp16's smallest normal number, 6.1e-5, the conversion itself rounds to nearest. `value` is
+    overwritten.
     """
     dropped = DROPPED_BITS[dtype]
-    draw = draws(seed, value.shape[0], value.shape[1], first_row=first_row).to(torch.int32) + DRAW_RANGE // 2
-    return (
-        (value.view(torch.int32) + (draw >> 16 - dropped)).bitwise_and_(-(1 << dropped)).view(torch.float32).to(dtype)
-    )
+    draw = draws(seed, value.shape[0], value.shape[1], first_row=first_row)  # less 2**15, which the second sum adds
+    bits = value.view(torch.int32).add_(draw >> 16 - dropped if dropped < 16 else draw)
+    bits.add_(1 << dropped - 1).bitwise_and_(-(1 << dropped))
+    return value.to(dtype)

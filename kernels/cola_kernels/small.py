@@ -22,8 +22,11 @@ from .autograd import checked, stack
 LAUNCH_BOUND = 1 << 35
 
 
-def is_small(x: Tensor, lora_bs: Sequence[Tensor]) -> bool:
-    return x.numel() * sum(b.shape[0] for b in lora_bs) < LAUNCH_BOUND
+def is_small(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """NF4 weights never are: PyTorch's autograd would keep what they are dequantised to."""
+    if not all(weight.is_floating_point() for weight in weights):
+        return False
+    return x.numel() * sum(weight.shape[0] for weight in weights) < LAUNCH_BOUND
 
 
 def lora_linear_group(

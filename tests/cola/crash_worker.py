@@ -59,7 +59,8 @@ def count_operations(kill_at: int | None) -> Callable[[], int]:
             return counted(found) if name in ("fsync", "replace", "rename") else found
 
     store.os = Os()  # type: ignore[assignment]
-    bases.DenseBase.fold = counted(bases.DenseBase.fold)  # type: ignore[method-assign]
+    for base in (bases.DenseBase, bases.NF4Base, bases.LedgerBase):
+        base.fold = counted(base.fold)  # type: ignore[method-assign]
     whole = store._write_synced
 
     def in_halves(path: Path, data: bytes) -> None:

@@ -33,7 +33,7 @@ def test_help_answers_at_once() -> None:
         done = cola("--help")
         took.append(time.perf_counter() - began)
     assert min(took) < 1
-    for word in ("demo", "train", "eval", "export", "info", "Ctrl-C"):
+    for word in ("demo", "train", "eval", "export", "ranks", "methods", "info", "Ctrl-C"):
         assert word in done.stdout
 
 
@@ -76,6 +76,10 @@ def test_the_whole_way(config_file: Callable[..., str], tmp_path: Path, capsys: 
         assert (run / "export" / to / file).exists()
     assert (run / "export" / "merged" / "tokenizer.json").exists()
     before = snapshot(run)
+    cut = cola("export", str(run), "--to", "adapter", "--rank", "2", "--out", str(tmp_path / "cut")).stdout
+    assert "rank 2" in cut
+    assert "q_proj" in cut
+    assert "--rank is for --to adapter" in cola("export", str(run), "--to", "merged", "--rank", "2", check=2).stderr
     assert "already exists" in cola("export", str(run), "--to", "adapter", check=2).stderr
     cola("export", str(run), "--to", "adapter", "--best", "--out", str(tmp_path / "best"))
     again = cola("train", path)
@@ -140,3 +144,41 @@ def test_tensorboard_when_asked(config_file: Callable[..., str], tmp_path: Path)
     pytest.importorskip("tensorboard")
     assert cli.main(["train", config_file(train__loggers=["tensorboard"], schedule__links=1, schedule__steps=2)]) == 0
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_methods_are_listed() -> None:
+    from cola_fast.methods import METHODS
+
+    listed = cola("methods").stdout
+    assert all(f"{method.name} " in listed and method.paper in listed for method in METHODS.values())
+
+
+@pytest.mark.slow
+def test_ranks_can_be_pasted_into_a_configuration(config_file: Callable[..., str], tmp_path: Path) -> None:
+    import yaml
+
+    from cola_fast import config
+    from cola_fast.ranks import block_ranks, example_batches
+
+    path = config_file(chain__targets="all-linear")
+    printed = cola("ranks", path, "gelora.mean_rank=3").stdout
+    assert "2 blocks, mean rank 3.00, from 96 examples" in printed
+    folder = tmp_path / "run-ranks"
+    assert not (tmp_path / "run").exists()
+    assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((folder / "ranks.json").read_text())
+    made = yaml.safe_load((folder / "ranks.yaml").read_text())["chain"]
+    assert made["rank_pattern"] == {m: block["rank"] for block in found["blocks"] for m in block["modules"]}
+
+    c = config.load(path)
+    from cola_fast.data import load_data
+    from cola_fast.models import context_length, load_model, load_tokenizer
+
+    model = load_model(c.model)
+    data = load_data(c.data, load_tokenizer(c.model), context=context_length(model), seed=0)
+    expected = block_ranks(model, example_batches(data.train, limit=1000), mean_rank=3)
+    assert [b["dimension"] for b in found["blocks"]] == pytest.approx([b.dimension for b in expected])
+    cola("train", path, "steps=3", f"chain.rank_pattern={json.dumps(made['rank_pattern'])}", "scaling=constant")
+    ranks = json.loads((tmp_path / "run" / "chain.json").read_text())["links"][0]["ranks"]
+    assert ranks == made["rank_pattern"]
+    assert "cannot be a folder" in cola("ranks", path, "--out", path, check=2).stderr

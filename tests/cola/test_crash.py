@@ -93,18 +93,44 @@ def test_killed_at_random_moments(
         assert sealed(run) == expected
 
 
-@pytest.mark.parametrize("policy", ["reset", "keep"])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"schedule__optimizer_state": "reset"},
+        {"schedule__optimizer_state": "keep"},
+        {"chain__method": ["relora", "pissa"], "schedule__optimizer_state": "prune-random", "schedule__prune": 0.5},
+        {"chain__method": "periodic-lora"},
+    ],
+    ids=["reset", "keep", "relora-pissa", "periodic"],
+)
 def test_interrupted_and_resumed_at_each_step(
-    worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path, policy: str
+    worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path, chosen: dict[str, Any]
 ) -> None:
-    """The optimizer-state policy survives a kill between sealing a link and opening the next."""
-    keys = {"schedule__optimizer_state": policy, "schedule__links": 2, "schedule__steps": 4}
+    """The optimizer-state policy, and a start taken out of the weights, survive a kill anywhere around a knot."""
+    keys = {**chosen, "schedule__links": 2, "schedule__steps": 4}
     whole = worker(config_file(out=str(tmp_path / "whole"), **keys))
     assert whole["code"] == 0
     for n in range(20, whole["operations"], 7):
         run = tmp_path / f"killed-{n}"
         config = config_file(out=str(run))
         worker(config, kill_at_operation=n)
+        finish(worker, config)
+        assert sealed(run) == sealed(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("base", ["nf4", "ledger"])
+def test_killed_on_a_4_bit_base(
+    worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], wide_folder: Path, tmp_path: Path, base: str
+) -> None:
+    """Amid a fold, too. The second link is trained on the codes that the first one's fold left: equal hashes say that
+    those are equal."""
+    keys = {"model__name": str(wide_folder), "model__load_in_4bit": True, "chain__base": base, "schedule__links": 2}
+    whole = worker(config_file(out=str(tmp_path / "whole"), schedule__steps=4, **keys))
+    assert whole["code"] == 0
+    for n in range(20, whole["operations"], 5):
+        run = tmp_path / f"killed-{n}"
+        config = config_file(out=str(run))
+        assert worker(config, kill_at_operation=n)["killed"]
         finish(worker, config)
         assert sealed(run) == sealed(tmp_path / "whole")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from cola_kernels import backend, reference
 
@@ -131,3 +133,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return empty.fill_(float("nan")) if empty.is_floating_point() else empty
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_empty)
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """The most bytes that are live at once while `run` runs, as torch's profiler saw them allocated."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    live = peak = 0
+    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak

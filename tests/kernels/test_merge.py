@@ -6,12 +6,11 @@ import itertools
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import cola_kernels
 from cola_kernels import reference
 
-from .conftest import DEVICE, TRITON_DTYPES, dtype_id
+from .conftest import DEVICE, TRITON_DTYPES, dtype_id, peak_memory
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 ROUNDINGS = ["nearest", "stochastic"]
@@ -94,13 +93,7 @@ def test_a_seed_repeats_itself_whatever_the_tile(monkeypatch):
 def test_needs_little_memory_beside_the_weight(rounding, report):
     """The most that is live at once while a 4096 x 4096 weight is merged, as torch's profiler saw it allocated."""
     weight, a, b = make(4096, 4096, 16, torch.bfloat16)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        reference.merge_(weight, a, b, 0.25, rounding=rounding, report=report)
-    live = peak = 0
-    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
+    peak = peak_memory(lambda: reference.merge_(weight, a, b, 0.25, rounding=rounding, report=report))
     assert peak > 0
     assert peak < 0.05 * weight.nbytes, f"{peak / weight.nbytes:.1%}"
 

@@ -124,6 +124,37 @@ def test_a_group_equals_its_members(dropout):
     assert error(x.grad, members[0]["dx"] + members[1]["dx"]) < 1e-12
 
 
+@pytest.mark.parametrize("unused", [0, 1])
+def test_a_member_whose_output_is_not_used_has_no_gradient(unused):
+    first, second = (make_problem(7, 12, 8, 2, torch.float64, bias=True, device="cpu") for _ in range(2))
+    x = first.x.clone().requires_grad_()
+    (_, a1, b1, bias1), (_, a2, b2, bias2) = leaves(first), leaves(second)
+    ys = reference.lora_linear_group(
+        x, [first.weight, second.weight], [a1, a2], [b1, b2], [0.7, 0.7], [bias1, bias2], dropout=0.3, seed=1234
+    )
+    ys[1 - unused].backward(first.dy)
+    expected = ours(reference.lora_linear, first._replace(dropout=0.3))
+    factors = [(a1, b1, bias1), (a2, b2, bias2)]
+    assert [t.grad for t in factors[unused]] == [None] * 3
+    for value, name in zip((x, *factors[1 - unused]), ("dx", "da", "db", "dbias"), strict=True):
+        assert error(value.grad, expected[name]) < 1e-12
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("shape", [(5,), (2, 5)], ids=str)
+def test_outputs_may_be_changed_in_place(members, shape):
+    """As those of nn.Linear: some models do."""
+    p = make_problem(shape, 12, 8, 2, torch.float64, device="cpu")
+    gradients = []
+    for scale in (torch.Tensor.mul_, torch.Tensor.mul):
+        x, a, b, _ = leaves(p)
+        parts = ([p.weight] * members, [a] * members, [b] * members, [p.scale] * members, [None] * members)
+        ys = [scale(y, 3.0) for y in reference.lora_linear_group(x, *parts)]
+        torch.autograd.backward(ys, [p.dy] * members)
+        gradients.append((x.grad, a.grad, b.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def _problem() -> Problem:
     return make_problem(4, 12, 8, 2, torch.float32, device="cpu")
 

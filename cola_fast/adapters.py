@@ -1,0 +1,179 @@
+"""PEFT adapters that others made, and adapters cut to a rank: what goes in and out of a chain beside its own links."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from . import store
+from .errors import UserError, near
+from .layer import factor_dtype
+from .link import SealedLink
+from .peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE, Factors
+
+if TYPE_CHECKING:
+    from .chain import Chain
+
+# Values of init_lora_weights that leave the base as it is. The others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA, ...) change
+# the base weights too, so that such an adapter fits only the changed base.
+INITS_ON_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+# Keys of adapter_config.json that make an adapter more than `scale · B A` on linears, when they are set.
+UNSUPPORTED = (
+    "use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
+    "layer_replication", "megatron_config", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+    "velora_config", "monteclora_config", "kasa_config",
+)  # fmt: skip
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank can be
+
+
+def import_adapter(chain: Chain, folder: Path) -> SealedLink:
+    """Seal the PEFT LoRA adapter in `folder` as the chain's next link, fold it, and open a fresh link.
+
+    The adapter may cover fewer modules than the chain: the others get a link of rank 1 that is zero. Ranks, alphas and
+    rsLoRA scaling are kept. If the chain has a folder, the link is on disk before the weights change.
+
+    Raises UserError if the open link has been trained, if the adapter covers modules the chain does not, if a shape
+    does not fit, and for what is more than `scale · B A` (DoRA, modules_to_save, biases, ...). The model is then as it
+    was.
+    """
+    if any(bool(layer.lora_B.any()) for layer in chain.layers.values() if layer.lora_B is not None):
+        raise UserError("The open link has been trained and an import would replace it: call tie() and extend() first.")
+    given = read_adapter(folder)
+    outside = [name for name in given if name not in chain.layers]
+    if outside:
+        raise UserError(
+            f"The adapter in {folder} changes {outside[0]}"
+            + (f" and {len(outside) - 1} more modules" if len(outside) > 1 else "")
+            + f", which the chain does not cover: attach with targets that include it.{near(outside[0], chain.layers)}"
+        )
+    factors = {}
+    for name, layer in chain.layers.items():
+        n, k, dtype = layer.out_features, layer.in_features, factor_dtype(layer.weight)
+        a, b, alpha = given.get(name) or Factors(torch.zeros(1, k), torch.zeros(n, 1), 1.0)
+        if a.shape[1] != k or b.shape[0] != n:
+            raise UserError(
+                f"The adapter in {folder} fits a weight of {b.shape[0]} x {a.shape[1]} at {name}, but the model's is "
+                f"{n} x {k}: give the adapter of this base model."
+            )
+        factors[name] = Factors(a.to(dtype), b.to(dtype), alpha)
+    link = chain.append(SealedLink.seal(len(chain.links), factors, **chain.peft_fields(factors)))
+    chain.extend()
+    return link
+
+
+def read_adapter(folder: Path) -> dict[str, Factors]:
+    """Module -> factors of any PEFT LoRA adapter on linears, with the scale PEFT would use.
+
+    Raises UserError if there is none, or if it is more than that.
+    """
+    config: dict[str, Any] = store.read_json(folder / CONFIG_FILE)
+    _refuse_more_than_lora(config, folder)
+    try:
+        tensors = safetensors.torch.load((folder / TENSOR_FILE).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {TENSOR_FILE}: load it in PEFT and save it as safetensors.") from None
+    except SafetensorError as error:
+        raise UserError(f"{folder / TENSOR_FILE} is damaged ({error}): restore it from a copy.") from None
+    factors = {}
+    for key in tensors:
+        name, part = _split(key)
+        other = f"{PREFIX}{name}.lora_B.weight"
+        if not name or (part == "A" and other not in tensors):
+            raise UserError(f"The adapter in {folder} holds {key}, which is no LoRA factor of a linear: not supported.")
+        if part == "A":
+            a, b = tensors[key], tensors[other]
+            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+                raise UserError(f"The factors of {name} in {folder} are {list(a.shape)} and {list(b.shape)}, no pair.")
+            factors[name] = Factors(a, b, _alpha(config, name, a.shape[0]))
+    if not factors:
+        raise UserError(f"The adapter in {folder} has no LoRA factors.")
+    return dict(sorted(factors.items()))
+
+
+def cut_to_rank(factors: Factors, rank: int) -> tuple[Factors, float]:
+    """The best approximation of `scale · B A` of at most that rank, and its relative error (Frobenius).
+
+    Truncated SVD (Eckart and Young, 1936) by way of two QR factorisations and an SVD of R x R, in fp64; no N x K matrix
+    is made. Scale 1; both factors carry the square root of the singular values. An update of no higher rank comes back
+    as it is, with its scale in B.
+    """
+    a, b, scale = factors.a, factors.b, factors.scale
+    if factors.rank <= rank:
+        return Factors(a, b * scale, float(factors.rank)), 0.0
+    q_b, r_b = torch.linalg.qr(b.double() * scale)  # [N, R'], [R', R]
+    q_a, r_a = torch.linalg.qr(a.double().t())  # [K, R''], [R'', R]
+    u, s, vt = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
+    rank = min(rank, s.numel())
+    total, lost = float(s.square().sum()), float(s[rank:].square().sum())
+    root = s[:rank].sqrt()
+    a_cut = ((root[:, None] * vt[:rank]) @ q_a.t()).to(a.dtype)
+    b_cut = (q_b @ (u[:, :rank] * root)).to(b.dtype)
+    return Factors(a_cut.contiguous(), b_cut.contiguous(), float(rank)), math.sqrt(lost / total) if total else 0.0
+
+
+def vllm_notes(factors: Mapping[str, Factors]) -> list[str]:
+    """What vLLM needs to be told to load this adapter, or what is in its way. It takes no modules_to_save and no
+    biases, which an adapter of ours never has, and one alpha / r for all modules."""
+    largest = max(f.rank for f in factors.values())
+    fitting = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    if fitting is None:
+        return [f"vLLM cannot load rank {largest}, at most {VLLM_RANKS[-1]}: export with a rank, or the merged model"]
+    notes = [f"vLLM loads it with --enable-lora --max-lora-rank {fitting}"]
+    if len({f.scale for f in factors.values()}) > 1:
+        notes.append("vLLM uses one alpha / r for all modules, but the modules' scales differ: export the merged model")
+    return notes
+
+
+def _refuse_more_than_lora(config: Mapping[str, Any], folder: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"The adapter in {folder} is of type {kind}, but a link can only come from LORA.")
+    found = [key for key in UNSUPPORTED if config.get(key)]
+    if config.get("bias", "none") != "none":
+        found.append("bias")
+    if found:
+        raise UserError(
+            f"The adapter in {folder} uses {' and '.join(found)}, which a link (scale times B A on linears) cannot "
+            "hold: merge it into the base with PEFT's merge_and_unload and start the chain from the result."
+        )
+    init = config.get("init_lora_weights", True)
+    if init not in INITS_ON_THE_BASE:
+        raise UserError(
+            f"The adapter in {folder} was initialised with {init}, which may have changed the base weights as well: "
+            "save it with PEFT's path_initial_model_for_weight_conversion first, which makes it an ordinary LoRA."
+        )
+
+
+def _alpha(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """lora_alpha of a module, such that alpha / rank is PEFT's scale."""
+    alpha = float(_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"]))
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """As PEFT looks a module up: the first key that is a regular expression for the end of its name."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _split(key: str) -> tuple[str, str]:
+    """`base_model.model.<module>.lora_A.weight` -> module, "A"; a key of any other form -> "", ""."""
+    found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+    return (found[1], found[2]) if found else ("", "")
+
+
+def error_table(errors: Mapping[str, float]) -> list[str]:
+    """One line for each kind of module (the last part of the name): how many, mean and largest relative error."""
+    kinds: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        kinds.setdefault(name.rsplit(".", 1)[-1], []).append(error)
+    return [
+        f"  {kind:<12} {len(values):>4} modules   mean {sum(values) / len(values):.2e}   largest {max(values):.2e}"
+        for kind, values in kinds.items()
+    ]

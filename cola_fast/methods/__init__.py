@@ -1,0 +1,45 @@
+"""The chain family. A method is a preset of configuration keys; what a key cannot say is a function in a slot.
+
+Each file of this folder registers what it defines, and every file is found by itself: adding a method adds one file and
+touches no other. Nothing here imports torch before a function is called, since the configuration reads the names.
+"""
+
+import importlib
+import pkgutil
+
+from .registry import (
+    GRADIENT,
+    INIT,
+    METHODS,
+    OPTIMIZER,
+    RANKS,
+    SCALING,
+    SLOTS,
+    STATE,
+    Method,
+    Pair,
+    Site,
+    preset,
+    register,
+    table,
+)
+
+for _found in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f".{_found}", __name__)
+
+__all__ = [
+    "GRADIENT",
+    "INIT",
+    "METHODS",
+    "OPTIMIZER",
+    "RANKS",
+    "SCALING",
+    "SLOTS",
+    "STATE",
+    "Method",
+    "Pair",
+    "Site",
+    "preset",
+    "register",
+    "table",
+]

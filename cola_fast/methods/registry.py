@@ -1,0 +1,130 @@
+"""Methods, and the slots that their functions fill. A slot is a configuration key whose value names a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from ..errors import UserError, near
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ..config import ChainConfig, TrainConfig
+    from ..encode import Example
+    from ..peft_format import Factors
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    paper: str
+    summary: str
+    defaults: Mapping[str, Any]  # of the configuration's shape; whatever the user writes wins
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module, for which a new link needs its first values. Weight and previous values are not to be changed."""
+
+    weight: Tensor  # [N, K], all sealed links folded in
+    rank: int
+    scale: float
+    frozen: str | None  # "a" or "b": the factor that will not be trained
+    carry: float
+    dtype: torch.dtype  # of the factors
+    generator: torch.Generator  # on the CPU, its own for each link and module
+    previous: Callable[[], Factors | None]  # what the link before ended with here; read from disk when asked for
+
+
+class Pair(NamedTuple):
+    """The trained factors of one module: the update is `scale · b @ a`, a [R, K], b [N, R]."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+
+
+class Slot(dict[str, F], Generic[F]):
+    """Name -> function. `key` is the configuration key that holds the name."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def fill(self, name: str) -> Callable[[F], F]:
+        def register(function: F) -> F:
+            self[name] = function
+            return function
+
+        return register
+
+    def choose(self, name: str) -> F:
+        """Raises UserError for a name that nothing has registered."""
+        if name not in self:
+            raise UserError(f"{self.key} is {name!r}, but must be one of {', '.join(self)}.{near(str(name), self)}")
+        return self[name]
+
+
+# A link's first A [R, K] and B [N, R], in `site.dtype` on any device. Where B A is not zero, the chain takes
+# scale · B A out of the weight, so that the model's function stays as it was.
+INIT: Slot[Callable[[Site], tuple[Tensor, Tensor]]] = Slot("chain.init")
+# (alpha, R, r) -> the alpha a module of rank R gets where the chain's are alpha and r: its scale is that alpha over R.
+SCALING: Slot[Callable[[float, int, int], float]] = Slot("chain.scaling")
+# (model without an open link, training examples, configuration, index of the link about to be opened)
+# -> module or pattern -> rank, or None to leave the ranks as they are.
+RANKS: Slot[Callable[[nn.Module, Sequence[Example], ChainConfig, int], dict[str, int] | None]] = Slot("chain.ranks")
+# (parameter groups, configuration) -> optimizer.
+OPTIMIZER: Slot[Callable[[list[dict[str, Any]], TrainConfig], torch.optim.Optimizer]] = Slot("train.optimizer")
+# Changes the gradients in place, after the backward pass and before clipping.
+GRADIENT: Slot[Callable[[Sequence[Pair]], None]] = Slot("train.gradient")
+# (the optimizer's state by parameter index, `schedule.prune`, seed) -> what the next link's optimizer starts from.
+STATE: Slot[Callable[[dict[int, dict[str, Any]], float, int], dict[int, dict[str, Any]]]] = Slot(
+    "schedule.optimizer_state"
+)
+SLOTS: tuple[Slot[Any], ...] = (INIT, SCALING, RANKS, OPTIMIZER, GRADIENT, STATE)
+
+METHODS: dict[str, Method] = {}
+
+
+def register(*methods: Method) -> None:
+    METHODS.update({method.name: method for method in methods})
+
+
+def preset(names: Sequence[str], written: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of several methods together, as a tree. Raises UserError for an unknown name, and where two methods
+    disagree about a key that `written` (the user's own tree) leaves open."""
+    tree: dict[str, Any] = {}
+    setters: dict[tuple[str, str], tuple[str, Any]] = {}
+    for name in names:
+        if name not in METHODS:
+            raise UserError(f"chain.method is {name!r}, but must be one of {', '.join(METHODS)}.{near(name, METHODS)}")
+        for section, key, value in _leaves(METHODS[name]):
+            first, other = setters.setdefault((section, key), (name, value))
+            if other != value and key not in (written.get(section) or {}):
+                raise UserError(
+                    f"The methods {first} and {name} set {section}.{key} to {other} and {value}: write the key "
+                    "yourself, or leave one of them out."
+                )
+            tree.setdefault(section, {})[key] = other
+    return tree
+
+
+def table() -> str:
+    """The registry as a Markdown table."""
+    lines = ["| method | source | what it does | what it sets |", "|---|---|---|---|"]
+    for method in METHODS.values():
+        sets = ", ".join(f"`{section}.{key}: {_yaml(value)}`" for section, key, value in _leaves(method))
+        lines.append(f"| `{method.name}` | {method.paper} | {method.summary} | {sets} |")
+    return "\n".join(lines)
+
+
+def _leaves(method: Method) -> Iterator[tuple[str, str, Any]]:
+    return ((section, key, value) for section, keys in method.defaults.items() for key, value in keys.items())
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,102 @@
+"""Opening a link: what all links of a chain share, which modules the next one covers, and the values it starts from.
+
+A start with B A ≠ 0 (PiSSA, OLoRA, PeriodicLoRA) must not change the model, so the chain takes `s·B0·A0` out of the
+weight when it opens the link. What the link then adds to the sealed chain is `s·(B A - B0 A0)`, which is one link of
+rank 2R, `[B | -B0]` and `[A; A0]`, and sealed as such. A replay folds it as the live run did, the start first: same
+bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import UserError
+from .layer import LoRALinear, factor_dtype
+from .link import derive_seed
+from .methods import INIT, SCALING, Site
+from .peft_format import Factors
+from .targets import block_of
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every link of a chain shares, as recorded in chain.json."""
+
+    r: int
+    alpha: float
+    dropout: float
+    seed: int
+    rank_pattern: dict[str, int] | None
+    init: str = "kaiming"
+    scaling: str = "lora"
+    frozen: str | None = None
+    share: float = 1.0
+    carry: float = 0.0
+
+    def validate(self) -> None:
+        """Raises UserError for a value that no link can have."""
+        INIT.choose(self.init)
+        SCALING.choose(self.scaling)
+        rules = (
+            (0 <= self.dropout < 1, f"dropout is {self.dropout}, but it must be at least 0 and less than 1."),
+            (self.alpha > 0, f"alpha is {self.alpha}, but it must be positive."),
+            (self.frozen in (None, "a", "b"), f"frozen is {self.frozen!r}, but must be 'a', 'b' or None."),
+            (0 < self.share <= 1, f"share is {self.share}, but it is a share of the blocks, above 0 and at most 1."),
+            (0 <= self.carry <= 1, f"carry is {self.carry}, but it is a share of a link, between 0 and 1."),
+        )
+        for holds, sentence in rules:
+            if not holds:
+                raise UserError(sentence)
+
+    def alpha_for(self, rank: int) -> float:
+        """Alpha of a module of this rank: its scale is that over the rank."""
+        return SCALING.choose(self.scaling)(self.alpha, rank, self.r)
+
+
+@dataclass(frozen=True)
+class OpenLink:
+    index: int
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    starts: dict[str, Factors]  # what it took out of the weights; empty, or of every module it covers
+
+
+def first_factors(
+    settings: Settings, index: int, name: str, layer: LoRALinear, rank: int, before: Callable[[], Mapping[str, Factors]]
+) -> Factors:
+    """What link `index` starts with at one module, on the CPU. before: what the link before ended with, by module."""
+    alpha = settings.alpha_for(rank)
+    generator = torch.Generator().manual_seed(derive_seed(settings.seed, "init", index, name))
+    site = Site(
+        weight=layer.dense_weight(),
+        rank=rank,
+        scale=alpha / rank,
+        frozen=settings.frozen,
+        carry=settings.carry,
+        dtype=factor_dtype(layer.weight),
+        generator=generator,
+        previous=lambda: before().get(name),
+    )
+    a, b = INIT.choose(settings.init)(site)
+    return Factors(a.cpu().contiguous(), b.cpu().contiguous(), alpha)
+
+
+def covered(names: Sequence[str], settings: Settings, index: int) -> list[str]:
+    """The modules of link `index`: those of a random `share` of the blocks, another for every link."""
+    blocks = list(dict.fromkeys(map(block_of, names)))
+    count = math.ceil(settings.share * len(blocks))
+    if count == len(blocks):
+        return list(names)
+    generator = torch.Generator().manual_seed(derive_seed(settings.seed, "blocks", index))
+    chosen = {blocks[i] for i in torch.randperm(len(blocks), generator=generator)[:count].tolist()}
+    return [name for name in names if block_of(name) in chosen]
+
+
+def starts_of(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """All of them if any has B A ≠ 0, so that a link is of one kind throughout; else none."""
+    moved = any(bool(f.a.any()) and bool(f.b.any()) for f in factors.values())
+    return dict(factors) if moved else {}

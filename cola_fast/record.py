@@ -1,0 +1,42 @@
+"""Reading a chain's folder without its model: chain.json, and the newest state of the open link."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import store
+from .errors import UserError
+
+FORMAT = 1
+CHAIN_FILE = "chain.json"
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """chain.json, checked to be one we can read."""
+    folder = Path(folder)
+    if not (folder / CHAIN_FILE).exists():
+        raise UserError(f"{folder} holds no chain ({CHAIN_FILE} is missing): give the folder of a run.")
+    record: dict[str, Any] = store.read_json(folder / CHAIN_FILE)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise UserError(
+            f"{folder / CHAIN_FILE} has format {found}, but this version reads format {FORMAT}: update cola_fast."
+        )
+    return record
+
+
+def load_state(folder: str | Path) -> dict[str, Any] | None:
+    """The newest state saved with the chain: `links` sealed by then, `open` index, `factors`, `extra`. None if there is
+    none. A damaged file is passed over for the one before it."""
+    for path in reversed(state_files(Path(folder))):
+        try:
+            state: dict[str, Any] = store.load_tensors(path)
+        except Exception:  # whatever a damaged zip or pickle raises
+            continue
+        return state
+    return None
+
+
+def state_files(folder: Path) -> list[Path]:
+    return sorted((folder / "state").glob("[0-9]*.pt"))

@@ -1,0 +1,48 @@
+"""What the tests of grouped layers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cola_kernels.autograd
+from cola_fast import grouping
+from cola_kernels import small
+
+
+@pytest.fixture(params=["fused", "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with the fused op, and once with what a GPU runs where little is to do: nodes of PyTorch's own autograd."""
+    if request.param == "fused":
+        return
+    fused = grouping.lora_linear_group
+
+    def group(x: Tensor, *members: Any, dropout: float) -> tuple[Tensor, ...]:
+        return fused(x, *members, dropout=dropout) if dropout else small.lora_linear_group(x, *members)
+
+    def one(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, bias: Any, *, dropout: float) -> Tensor:
+        return group(x, [weight], [a], [b], [scale], [bias], dropout=dropout)[0]
+
+    monkeypatch.setattr(grouping, "lora_linear_group", group)
+    monkeypatch.setattr(grouping, "lora_linear", one)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of members of each op that is run, in order."""
+    sizes: list[int] = []
+    alone, together = grouping.lora_linear, grouping.lora_linear_group
+    monkeypatch.setattr(grouping, "lora_linear", lambda *a, **k: sizes.append(1) or alone(*a, **k))
+    monkeypatch.setattr(
+        grouping, "lora_linear_group", lambda x, w, *a, **k: sizes.append(len(w)) or together(x, w, *a, **k)
+    )
+    return sizes
+
+
+@pytest.fixture
+def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer, alone or not, draws the same mask from the same shape: so that both can be compared."""
+    monkeypatch.setattr(cola_kernels.autograd, "as_seed", lambda seed, device: torch.tensor(7, device=device))

@@ -1,0 +1,57 @@
+"""torch.compile of a whole model with our layers, without a graph break."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from cola_fast import attach
+
+from ..conftest import disturb, tiny_llama
+
+INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")]
+
+
+def train_one_step(model: nn.Module, function: Callable[..., Any], ids: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    loss = function(ids, labels=ids).loss
+    loss.backward()
+    results = {"loss": loss.detach()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            results[name], parameter.grad = parameter.grad, None
+    return results
+
+
+@pytest.mark.parametrize(
+    ("backend", "dropout", "targets"),
+    [
+        ("aot_eager", 0.0, "all-linear"),
+        ("aot_eager", 0.2, ["q_proj", "k_proj"]),
+        pytest.param("inductor", 0.2, ["q_proj", "k_proj"], marks=INDUCTOR),
+    ],
+    ids=["aot_eager", "aot_eager, dropout", "inductor, dropout"],
+)
+def test_a_llama_compiles_without_a_graph_break(ids: Tensor, backend: str, dropout: float, targets: Any) -> None:
+    """Also once the layers have been grouped: traced, each runs alone, with its own mask, as in a first step."""
+    torch._dynamo.reset()
+    model = tiny_llama(num_hidden_layers=1, use_cache=False).train()
+    disturb(attach(model, targets=targets, dropout=dropout))
+    eager = copy.deepcopy(model)
+    expected = train_one_step(eager, eager, ids)
+    for _ in range(2):
+        train_one_step(model, model, ids)
+    graphs = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    with torch._inductor.config.patch(fallback_random=True):  # draw as eager PyTorch does
+        for _ in range(2):
+            for name, value in train_one_step(model, compiled, ids).items():
+                torch.testing.assert_close(value, expected[name], msg=name, rtol=1e-4, atol=1e-5)
+    assert graphs.frame_count == 1

@@ -1,0 +1,446 @@
+"""Every method of the registry keeps what a chain promises, and each one's own rule."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cola_fast import Chain, UserError, attach, config, load_chain, trainer
+from cola_fast.config import Config
+from cola_fast.layer import LoRALinear
+from cola_fast.methods import GRADIENT, INIT, METHODS, SLOTS, STATE, Pair, Site, table
+from cola_fast.optimizer import load_state, make_optimizer, set_lr
+from cola_fast.record import load_state as saved_state
+
+from ..conftest import tiny_llama
+from .test_chain import logits, relative
+
+ALL = pytest.mark.parametrize("name", METHODS)
+
+
+def configured(*names: str, **chain: Any) -> Config:
+    raw = {"model": {"name": "m"}, "data": {"train": "t.jsonl"}, "schedule": {"steps": 100}}
+    return config.from_dict({**raw, "chain": {"method": list(names), "targets": "all-linear", **chain}})
+
+
+def chain_of(model: nn.Module, made: Config, **keys: Any) -> Chain:
+    c = made.chain
+    return attach(
+        model, r=min(c.r, 3), alpha=4, targets=c.targets, init=c.init, scaling=c.scaling, frozen=c.frozen,
+        share=c.share, carry=c.carry, **keys,
+    )  # fmt: skip
+
+
+def pretend_to_train(chain: Chain, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.03)
+
+
+# --- shared by all ----------------------------------------------------------------------------------------------------
+
+
+@ALL
+def test_links_open_and_tie_without_changing_the_function(name: str, ids: Tensor) -> None:
+    model = tiny_llama()
+    before = base = logits(model, ids)
+    chain = chain_of(model, configured(name))
+    for link in range(3):
+        assert relative(logits(model, ids), before) < 1e-5, f"link {link} changed the function when it was opened"
+        pretend_to_train(chain, link)
+        before = logits(model, ids)
+        chain.tie()
+        assert relative(logits(model, ids), before) < 1e-5, f"link {link} changed the function when it was tied"
+        chain.extend()
+    assert relative(before, base) > 1e-2
+
+
+@ALL
+def test_the_exported_adapter_is_the_live_model(name: str, ids: Tensor, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_llama()
+    chain = chain_of(model, configured(name), rank_pattern={"v_proj": 2, "down_proj": 1})
+    for link in range(2):
+        pretend_to_train(chain, link)
+        chain.tie()
+        chain.extend()
+    pretend_to_train(chain, 9)
+    live = logits(model, ids)
+    chain.export_adapter(tmp_path / "adapter")
+    assert relative(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter"), ids), live) < 1e-5
+    chain.export_merged(tmp_path / "merged")
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), ids), live) < 1e-5
+
+
+@ALL
+def test_a_replay_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    """In bf16, whose stochastic rounding would show a fold done in another order. With the link open, and once tied."""
+
+    def weights(chain: Chain) -> list[Tensor]:
+        factors = [tensor for f in chain.live_factors().values() for tensor in (f.a, f.b)]
+        return [layer.weight for layer in chain.layers.values()] + factors
+
+    chain = chain_of(tiny_llama(dtype=torch.bfloat16), configured(name))
+    chain.save(tmp_path)
+    for link in range(2):
+        pretend_to_train(chain, link)
+        chain.tie()
+        again = load_chain(tiny_llama(dtype=torch.bfloat16), tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(weights(chain), weights(again), strict=True))
+        chain.extend()
+        pretend_to_train(chain, 5 + link)
+        chain.save(tmp_path)
+        again = load_chain(tiny_llama(dtype=torch.bfloat16), tmp_path)
+        assert again.settings == chain.settings
+        assert all(torch.equal(a, b) for a, b in zip(weights(chain), weights(again), strict=True))
+    assert chain.tie().sha256 == again.tie().sha256
+
+
+@ALL
+def test_gradients_are_finite_and_only_the_link_trains(name: str, ids: Tensor) -> None:
+    made, model = configured(name), tiny_llama()
+    chain = chain_of(model, made)
+    optimizer = make_optimizer(chain, made.train)
+    set_lr(optimizer, 0.01)
+    trained = {id(p) for p in chain.parameters()}
+    frozen = {n: p.clone() for n, p in model.named_parameters() if id(p) not in trained}
+    before = [p.clone() for p in chain.parameters()]
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        if made.train.gradient is not None:
+            GRADIENT[made.train.gradient](chain.pairs())
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in chain.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == trained
+    assert all(p.grad is None and torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert not any(torch.equal(a, b) for a, b in zip(before, chain.parameters(), strict=True))
+    factors = chain.open_factors()
+    assert chain.tie().factors().keys() == factors.keys()
+
+
+@ALL
+def test_detaching_an_untrained_link_gives_the_model_back(name: str, ids: Tensor) -> None:
+    model = tiny_llama()
+    before = logits(model, ids)
+    chain = chain_of(model, configured(name))
+    pretend_to_train(chain, 1)
+    with pytest.raises(UserError, match="would be lost"):
+        chain.detach()
+    chain.detach(discard=True)
+    assert relative(logits(model, ids), before) < 1e-5
+    chain_of(model, configured(name)).detach()
+
+
+@pytest.mark.slow
+@ALL
+def test_every_method_learns(name: str, config_file: Callable[..., str], raw_config: dict[str, Any]) -> None:
+    """With its own presets, except that ReLoRA's warm-up has to fit into a link of 60 steps, and that the moments it
+    keeps diverge at the others' learning rate."""
+    del raw_config["schedule"]["links"]
+    raw_config["chain"] = {"method": name, "targets": "all-linear", "alpha": 4, "r": 1 if name == "xgblora" else 4}
+    keys = {"schedule__rewarm": 20} if name == "relora" else {}
+    path = config_file(schedule__steps=240, schedule__lr=0.001 if name == "relora" else 0.005, **keys)
+    result = trainer.train(config.load(path), quiet=True)
+    assert result.score is not None
+    assert result.score.accuracy is not None
+    assert result.score.accuracy >= 0.9, result.score
+    assert result.links == config.load(path).schedule.links
+
+
+@ALL
+def test_a_dry_run_counts_what_will_train(
+    name: str, config_file: Callable[..., str], raw_config: dict[str, Any]
+) -> None:
+    from cola_fast.report import dry_run
+
+    raw_config["chain"] = {"method": name, "targets": "all-linear", "r": 3}
+    made = config.load(config_file(schedule__links=2))
+    chain = chain_of(trainer.load_model(made.model), made)
+    trained = sum(p.numel() for p in chain.parameters())
+    assert f"{len(chain.pairs())} layers, {trained:,} trainable" in dry_run(made)
+
+
+# --- which method is which --------------------------------------------------------------------------------------------
+
+
+def test_the_readme_has_the_table() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert table() in readme, "run: python -m benchmarks report"
+
+
+def test_presets_combine_and_contradictions_are_named() -> None:
+    made = configured("cola", "pissa", "rslora", "lora+")
+    assert (made.schedule.links, made.chain.init, made.chain.scaling, made.train.lr_ratio) == (3, "pissa", "rslora", 16)
+    with pytest.raises(UserError, match=r"methods cola and lora set schedule.links to 3 and 1: write the key yourself"):
+        configured("cola", "lora")
+    raw = {"model": {"name": "m"}, "data": {"train": "t"}, "chain": {"method": ["cola", "lora"]}}
+    assert config.from_dict({**raw, "schedule": {"links": 2, "steps": 9}}).schedule.links == 2
+
+
+@pytest.mark.parametrize("slot", SLOTS, ids=lambda slot: slot.key)
+def test_an_unknown_name_lists_the_known_ones(slot: Any) -> None:
+    section, key = slot.key.split(".")
+    raw = {"model": {"name": "m"}, "data": {"train": "t"}, "schedule": {"steps": 9}}
+    with pytest.raises(UserError, match=rf"{slot.key} is 'abacus', but must be one of {next(iter(slot))}"):
+        config.from_dict(raw, [f"{section}.{key}=abacus"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"init": "pisa"}, r"chain.init is 'pisa', but must be one of .* Did you mean pissa"),
+        ({"scaling": "rs"}, r"chain.scaling is 'rs'"),
+        ({"frozen": "c"}, r"frozen is 'c', but must be 'a', 'b' or None"),
+        ({"share": 0.0}, r"share is 0.0"),
+        ({"carry": 2.0}, r"carry is 2.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_attach_refuses_and_leaves_the_model(model: nn.Module, keys: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        attach(model, **keys)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["chain.method=[rac-lora, lora-pro]"], r"train.gradient is lora-pro, which needs both factors trained"),
+        (["chain.method=[xgblora, relora]", "links=4", "optimizer_state=keep"], r"links cover different modules"),
+        (["chain.method=relora", "lr_span=restart"], r"schedule.rewarm returns to the global"),
+        (["chain.method=gelora", "schedule.ranks=[8]"], r"chain.ranks is gelora, which decides the rank"),
+        (["gelora.mean_rank=0.5"], r"chain.gelora.mean_rank is 0.5"),
+        (["prune=1.5"], r"schedule.prune is 1.5"),
+    ],
+)
+def test_what_cannot_be_combined(overrides: list[str], sentence: str) -> None:
+    raw = {"model": {"name": "m"}, "data": {"train": "t"}, "schedule": {"steps": 9}}
+    with pytest.raises(UserError, match=sentence):
+        config.from_dict(raw, overrides)
+
+
+# --- starts and scales ------------------------------------------------------------------------------------------------
+
+
+def site(weight: Tensor, rank: int = 3, **keys: Any) -> Site:
+    settings = {"frozen": None, "carry": 0.0, "dtype": torch.float64, "previous": lambda: None, **keys}
+    return Site(weight=weight, rank=rank, scale=2.0, generator=torch.Generator().manual_seed(0), **settings)
+
+
+@pytest.mark.parametrize("shape", [(7, 11), (11, 7)])
+def test_pissa_takes_the_best_approximation_of_its_rank(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, dtype=torch.float64)
+    a, b = INIT["pissa"](site(weight))
+    sigma = torch.linalg.svdvals(weight)
+    torch.testing.assert_close(torch.linalg.svdvals(weight - 2 * b @ a)[:4], sigma[3:7])
+    torch.testing.assert_close(a @ a.t(), b.t() @ b)  # evenly shared
+
+
+def test_olora_starts_orthonormal_and_in_the_weight() -> None:
+    weight = torch.randn(11, 7, dtype=torch.float64)
+    a, b = INIT["olora"](site(weight))
+    torch.testing.assert_close(b.t() @ b, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(b.t() @ (weight - b @ a), torch.zeros(3, 7, dtype=torch.float64))
+
+
+def test_peft_starts_pissa_at_the_same_place() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    keys: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    peft = get_peft_model(tiny_llama(), LoraConfig(**keys, init_lora_weights="pissa"))
+    chain = attach(tiny_llama(), r=4, alpha=8, targets=["q_proj"], init="pissa")
+    for name, f in chain.live_factors().items():
+        theirs = peft.base_model.model.get_submodule(name)
+        product = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
+        torch.testing.assert_close(f.b @ f.a, product, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(chain.layers[name].weight, theirs.base_layer.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_carried_link_goes_on_where_the_last_one_was(model: nn.Module) -> None:
+    chain = attach(model, r=3, init="carry", carry=0.25)
+    pretend_to_train(chain, 0)
+    before, weights = chain.live_factors(), {n: layer.weight.clone() for n, layer in chain.layers.items()}
+    chain.tie()
+    chain.extend()
+    for name, f in chain.live_factors().items():
+        torch.testing.assert_close(f.a, before[name].a)
+        torch.testing.assert_close(f.b, 0.25 * before[name].b)
+        kept = weights[name] + 0.75 * f.scale * before[name].b @ before[name].a  # PeriodicLoRA: W += m·s·BA
+        torch.testing.assert_close(chain.layers[name].weight, kept)
+
+
+def test_restarts_without_a_merge_leave_the_base_alone(model: nn.Module) -> None:
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    chain = attach(model, r=3, init="carry", carry=1.0)
+    for link in range(3):
+        pretend_to_train(chain, link)
+        chain.tie()
+        chain.extend()
+    for name, layer in chain.layers.items():
+        torch.testing.assert_close(layer.weight, weights[f"{name}.weight"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scaling", "scale"), [("lora", 8 / 4), ("rslora", 8 / 2), ("constant", 8 / 16)])
+def test_scales(scaling: str, scale: float, model: nn.Module) -> None:
+    chain = attach(model, r=16, alpha=8, scaling=scaling, rank_pattern={"v_proj": 4})
+    layer = chain.layers["model.layers.0.self_attn.v_proj"]
+    assert layer.scale == pytest.approx(scale)
+
+
+def test_rslora_is_peft_s(ids: Tensor) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    keys: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]}
+    peft = get_peft_model(tiny_llama(), LoraConfig(**keys, use_rslora=True))
+    chain = attach(tiny_llama(), r=3, alpha=5, targets=["q_proj"], scaling="rslora")
+    (layer, *_) = chain.layers.values()
+    (name, *_) = chain.layers
+    assert layer.scale == pytest.approx(peft.base_model.model.get_submodule(name).scaling["default"])
+
+
+def test_a_link_covers_its_share_of_the_blocks() -> None:
+    model = tiny_llama(num_hidden_layers=4)
+    chain = attach(model, r=1, targets="all-linear", share=0.5)
+    seen = []
+    for _ in range(6):
+        assert chain.open_link is not None
+        blocks = {name.split(".")[2] for name in chain.open_link.ranks}
+        assert len(blocks) == 2
+        assert len(chain.open_link.ranks) == 14
+        assert len(chain.parameters()) == 28
+        seen.append(frozenset(blocks))
+        chain.tie()
+        chain.extend()
+    assert len(set(seen)) > 1
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def test_lora_plus_gives_b_its_own_rate(model: nn.Module) -> None:
+    made = configured("lora+")
+    chain = chain_of(model, made)
+    optimizer = make_optimizer(chain, made.train)
+    set_lr(optimizer, 1e-3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in chain.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(1e-3 * (16 if name.endswith("lora_B") else 1))
+
+
+def adam_state(model: nn.Module, ids: Tensor) -> tuple[Chain, Any]:
+    chain = attach(model, r=4)
+    optimizer = make_optimizer(chain, configured("cola").train)
+    set_lr(optimizer, 0.01)
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    return chain, optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("policy", ["prune-magnitude", "prune-random"])
+def test_pruned_state(policy: str, model: nn.Module, ids: Tensor) -> None:
+    chain, state = adam_state(model, ids)
+    pruned = STATE[policy](state, 0.75, 7)
+    assert pruned.keys() == state.keys() == set(range(len(chain.parameters())))
+    dropped = total = 0
+    for index, entry in pruned.items():
+        assert entry["step"] == state[index]["step"] == 3
+        for key in ("exp_avg", "exp_avg_sq"):
+            old, new = state[index][key], entry[key]
+            gone = (new == 0) & (old != 0)
+            assert torch.equal(new[~gone], old[~gone])
+            dropped, total = dropped + int(gone.sum()), total + old.numel()
+            if policy == "prune-magnitude":
+                assert int((new == 0).sum()) >= round(0.75 * old.numel())
+                assert old[gone].abs().max() <= new[new != 0].abs().min()
+    assert dropped / total == pytest.approx(0.75, abs=0.08)
+    again = STATE[policy](state, 0.75, 7)
+    assert all(torch.equal(again[i]["exp_avg"], pruned[i]["exp_avg"]) for i in pruned)
+
+
+def test_reset_and_keep(model: nn.Module, ids: Tensor) -> None:
+    chain, state = adam_state(model, ids)
+    for policy, steps in (("reset", set()), ("keep", {3})):
+        optimizer = make_optimizer(chain, configured("cola").train)
+        load_state(optimizer, STATE[policy](state, 0.9, 0))
+        assert {int(s["step"]) for s in optimizer.state_dict()["state"].values()} == steps
+        assert set(optimizer.state) <= set(chain.parameters())
+
+
+def test_relora_in_a_run(config_file: Callable[..., str], raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """The second link starts with nine tenths of its moments at zero, and a learning rate that climbs again."""
+    del raw_config["schedule"]["links"]
+    keys = {"schedule__rewarm": 2, "chain__method": "relora", "train__save_every": 100}
+    trainer.train(config.load(config_file(**keys)), quiet=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rates = [row["lr"] for row in map(json.loads, lines) if row["event"] == "train"]
+    curve = [0.02 * (1 + math.cos(math.pi * t / 12)) / 2 for t in range(12)]
+    climb = [1, 1, 1] + 3 * [1 / 3, 2 / 3, 1]
+    assert rates == pytest.approx([a * b for a, b in zip(curve, climb, strict=True)])
+    state = saved_state(tmp_path / "run")
+    assert state is not None
+    for entry in state["extra"]["optimizer"]["state"].values():  # of the last link, pruned at its tie
+        assert int((entry["exp_avg"] == 0).sum()) >= round(0.9 * entry["exp_avg"].numel())
+        assert int(entry["step"]) == 12
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["trained", "fresh"])
+def test_lora_pro_moves_w_as_near_to_its_gradient_as_a_tangent_can(full: bool) -> None:
+    torch.manual_seed(0)
+    n, k, r, s = 9, 13, 3, 1.7
+    a, b, g = (torch.randn(*shape, dtype=torch.float64) for shape in ((r, k), (n, r), (n, k)))
+    if not full:
+        b.zero_()
+    pair = Pair(nn.Parameter(a), nn.Parameter(b), s)
+    pair.a.grad, pair.b.grad = s * b.t() @ g, s * g @ a.t()
+    given = pair.a.grad.clone(), pair.b.grad.clone()
+    GRADIENT["lora-pro"]([pair])
+    moved = s * (pair.b.grad @ a + b @ pair.a.grad)
+    onto_a, onto_b = (m @ torch.linalg.pinv(m) for m in (a.t(), b))
+    torch.testing.assert_close(moved, onto_b @ g + g @ onto_a - onto_b @ g @ onto_a)
+
+    def distance(x: Tensor) -> float:
+        da, db = pair.a.grad + x @ a, pair.b.grad - b @ x  # every pair that moves W alike
+        return float((da - given[0]).square().sum() + (db - given[1]).square().sum())
+
+    best = distance(torch.zeros(r, r, dtype=torch.float64))
+    assert all(best <= distance(1e-3 * torch.randn(r, r, dtype=torch.float64)) for _ in range(20))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_with_a_frozen_no_x_is_kept() -> None:
+    """Bytes autograd keeps for one linear, the weights aside: LoRA's x [M, K] and S [M, R]; RAC-LoRA's S alone."""
+    m, k, n, r = 64, 48, 32, 4
+    kept = {}
+    for name in ("lora", "rac-lora"):
+        net = nn.Sequential(nn.Linear(k, n))
+        chain = attach(net, targets=["0"], r=r, frozen=configured(name).chain.frozen)
+        parameters = {p.data_ptr() for p in net.parameters()}
+        found: dict[int, int] = {}
+
+        def keep(t: Tensor, found: dict[int, int] = found, parameters: set[int] = parameters) -> Tensor:
+            if t.data_ptr() not in parameters:
+                found[t.data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        x = torch.randn(m, k, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = net(x)
+        y.sum().backward()
+        assert x.grad is not None
+        assert chain.parameters()[-1].grad is not None
+        kept[name] = sum(found.values())
+    assert kept == {"lora": 4 * (m * k + m * r), "rac-lora": 4 * m * r}

@@ -1,0 +1,49 @@
+"""The examples run as they are, on a tiny model; the one that resumes does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .cola.trainer_runs import CHAT_TEMPLATE
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {
+    "peft_drop_in": ("14 LoRA layers run on cola_kernels", "runs/peft-drop-in/adapter_model.safetensors"),
+    "trainer_callback": ("3 links", "runs/trainer/merged/model.safetensors"),
+    "trl_sft": ("relative error", "runs/trl/adapter/adapter_model.safetensors"),
+}
+
+
+def test_all_are_listed() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    says, writes = EXAMPLES[name]
+    assert says in run(name, model, tmp_path)
+    assert (tmp_path / writes).exists()
+    if name == "trainer_callback":
+        shutil.rmtree(tmp_path / "runs" / "trainer" / "merged")
+        shutil.rmtree(tmp_path / "runs" / "trainer" / "checkpoint-12")
+        assert says in run(name, model, tmp_path)
+
+
+def run(name: str, model: Path, folder: Path) -> str:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py"), str(model)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
