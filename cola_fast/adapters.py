@@ -63,7 +63,7 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
                 f"{n} x {k}: give the adapter of this base model."
             )
         factors[name] = Factors(a.to(dtype), b.to(dtype), alpha)
-    link = chain.append(SealedLink.seal(len(chain.links), factors, **chain.peft_fields(factors)))
+    link = chain.append(lambda: SealedLink.seal(len(chain.links), factors, **chain.peft_fields(factors)))
     chain.extend()
     return link
 

@@ -20,6 +20,7 @@ from cola_kernels import FoldReport, merge_, nf4_merge_
 from .errors import UserError
 from .layer import LoRALinear, is_nf4
 from .peft_format import Factors
+from .sharding import over_all, own_rows
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
@@ -42,9 +43,12 @@ class DenseBase:
         self.rounding = rounding
 
     def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
-        weight = layer.weight.data
-        a, b = factors.a.to(weight.device), factors.b.to(weight.device)
-        return merge_(weight, a, b, factors.scale, rounding=self.rounding, seed=seed, report=report)
+        rows = own_rows(layer.weight)
+        a, b = (f.to(rows.weight.device) for f in (factors.a, factors.b[rows.first :][: len(rows.weight)]))
+        found = merge_(
+            rows.weight, a, b, factors.scale, rounding=self.rounding, seed=seed, first_row=rows.first, report=report
+        )
+        return over_all(found, rows, factors) if found is not None and rows.mesh is not None else found
 
 
 class NF4Base(DenseBase):

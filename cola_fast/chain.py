@@ -10,7 +10,7 @@ a process killed anywhere neither loses a link nor folds one twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import store
+from . import store, world
 from .bases import Base, choose_base
 from .errors import UserError
 from .grouping import Grouping
@@ -129,6 +129,7 @@ class Chain:
 
         names = covered(list(self.layers), self.settings, index)
         factors = {n: first_factors(self.settings, index, n, self.layers[n], ranks[n], before) for n in names}
+        factors = world.lead(lambda: factors)
         return self.open_with(factors, starts_of(factors))
 
     def ranks(self, r: int | None = None) -> dict[str, int]:
@@ -205,22 +206,32 @@ class Chain:
         if self.open_link is None:
             raise UserError("There is no open link to tie: call extend() first.")
         self._require_complete()
-        factors, difference = self.open_factors(), bool(self.open_link.starts)
-        link = SealedLink.seal(self.open_link.index, factors, difference=difference, **self.peft_fields(factors))
-        return self.append(link)
+        index, difference = self.open_link.index, bool(self.open_link.starts)
 
-    def append(self, link: SealedLink) -> SealedLink:
-        """Make `link` the last sealed one, in place of the open link, whose start has left the weights."""
-        if self.folder is not None:
-            link.write(self.folder / folder_name(link.index))
-            self._write_record([*self.links, link])
+        def seal() -> SealedLink:
+            factors = self.open_factors()
+            return SealedLink.seal(index, factors, difference=difference, **self.peft_fields(factors))
+
+        return self.append(seal)
+
+    def append(self, seal: Callable[[], SealedLink]) -> SealedLink:
+        """Make a link the last sealed one, in place of the open link, whose start has left the weights."""
+
+        def keep() -> SealedLink:
+            link = seal()
+            if self.folder is not None:
+                link.write(self.folder / folder_name(link.index))
+                self._write_record([*self.links, link])
+            return link
+
+        link = world.lead(keep)
         self.links.append(link)
         self.open_link = None
         for layer in self.layers.values():
             layer.close()
         self._fold(link, live=True)
         if self.folder is not None:
-            self._write_record(self.links)  # now with what the fold kept
+            world.lead(lambda: self._write_record(self.links))  # now with what the fold kept
         return link
 
     def detach(self, *, discard: bool = False) -> nn.Module:
@@ -270,6 +281,10 @@ class Chain:
         """
         self._require_complete()
         folder = Path(folder)
+        world.lead(lambda: self._write(folder, extra))
+        self.folder = folder  # on every rank
+
+    def _write(self, folder: Path, extra: Mapping[str, Any] | None) -> None:
         if self.folder != folder:
             if (folder / CHAIN_FILE).exists():
                 raise UserError(f"{folder} already holds a chain: choose another folder, or load that one.")

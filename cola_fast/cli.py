@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from . import world
 from .errors import UserError
 
 DESCRIPTION = """\
@@ -82,7 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return int(options.run(options) or 0)
+        with world.joined():
+            world.lead(lambda: _require_one_process(options.command))
+            return int(options.run(options) or 0)
+    except world.Told:
+        return 2
     except UserError as error:
         print(f"cola: {error}", file=sys.stderr)
         return 2
@@ -163,6 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _require_one_process(command: str) -> None:
+    if world.size() > 1 and command != "train":
+        raise UserError(f"cola {command} runs in one process, but {world.size()} were started: leave out the launcher.")
+
+
 def _config_help() -> str:
     """The keys as YAML with their defaults, straight from the dataclasses."""
     from .config import Config, to_yaml
@@ -173,7 +183,8 @@ def _config_help() -> str:
 def _train(options: argparse.Namespace) -> int:
     from .config import load
 
-    config = load(options.config, options.overrides)
+    with world.together():
+        config = load(options.config, options.overrides)
     _quiet_libraries()
     if options.dry_run:
         from .report import dry_run
@@ -189,8 +200,11 @@ def _run_training(config: Any) -> int:
     try:
         result = train(config)
     except Interrupted as stop:
-        print(f"cola: {stop}", file=sys.stderr)
+        if world.is_main():
+            print(f"cola: {stop}", file=sys.stderr)
         return 130
+    if not world.is_main():
+        return 0
     print(f"{result.links} links in {result.steps} steps, {result.seconds:.0f} s of training: {result.run}")
     print(f"the plot: {result.run / 'curves.png'}    next: cola eval {result.run}")
     return 0

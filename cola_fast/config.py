@@ -100,7 +100,7 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     batch_size: int = 8  # sequences per forward pass
-    accumulation: int = 1  # forward passes per optimizer step
+    accumulation: int = 1  # forward passes per optimizer step; several processes share them
     packing: bool = False  # concatenate sequences into rows of max_length, attention kept block-diagonal
     group_by_length: bool = True
     optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw, paged-adamw-8bit
@@ -111,6 +111,7 @@ class TrainConfig:
     eps: float = 1e-8
     clip: float | None = 1.0  # gradient norm
     activation_checkpointing: bool = False
+    shard: bool = False  # of several processes, each keeps its share of the base's weights (FSDP2), not all of them
     seed: int = 0
     eval_every: int | None = None  # steps; the end of every link is always evaluated
     eval_batch_size: int = 16
@@ -256,6 +257,11 @@ def validate(config: Config) -> None:
         _require(
             value is None or value > 0, f"{where}.{key} is {value}, but it must be positive, or null to turn it off."
         )
+    _require(
+        not (t.shard and config.model.load_in_4bit),
+        "train.shard is for 16- and 32-bit weights, but model.load_in_4bit is set: leave one of them out (without shard "
+        "every process holds the whole 4-bit model).",
+    )
     _require(d.max_length >= 2, f"data.max_length is {d.max_length}, but it must be at least 2 tokens.")
     _require(0 <= d.eval_share < 1, f"data.eval_share is {d.eval_share}, but it is a share of the rows in [0, 1).")
     _require(

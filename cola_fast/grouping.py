@@ -53,6 +53,7 @@ class Grouping:
     def __init__(self) -> None:
         self._groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()
         self._thread = _Thread()
+        self.held = False  # while it is, no group forms or dissolves
 
     def __reduce__(self) -> tuple[type[Grouping], tuple[()]]:
         return Grouping, ()
@@ -67,7 +68,7 @@ class Grouping:
         if y is not None:
             return y
         group = self._groups.get(layer)
-        if group is not None and group.leader is layer and group.is_together(now, own.dropout):
+        if group is not None and group.leader is layer and group.is_together(now, own.dropout, held=self.held):
             members = group.operands(own)
             if members is not None:
                 return self._together(group, members, x, now)
@@ -190,9 +191,9 @@ class _Group:
         if then.backward == OUTSIDE:
             self.wanted = False
 
-    def is_together(self, now: _Moment, dropout: float) -> bool:
+    def is_together(self, now: _Moment, dropout: float, *, held: bool = False) -> bool:
         """Without grad no group forms, and only one that draws nothing dissolves: it may be reentrant checkpointing."""
-        change = self.wanted != self.together and now.backward == OUTSIDE
+        change = self.wanted != self.together and now.backward == OUTSIDE and not held
         change = change and (now.grad or (self.together and dropout == 0))
         if change and not any(_unfinished(node()) for node in list(self.nodes)):
             self.together = self.wanted

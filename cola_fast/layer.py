@@ -16,6 +16,7 @@ from cola_kernels import merge_, nf4_dequantize
 
 from .errors import UserError
 from .grouping import Grouping, Operands
+from .sharding import whole
 
 
 class LoRALinear(nn.Linear):
@@ -86,7 +87,7 @@ class LoRALinear(nn.Linear):
     def dense_weight(self) -> Tensor:
         """`[N, K]`: the weight with every sealed link in it, in `compute_dtype`. A copy, but for a dense weight without
         a ledger. The ledger is rounded stochastically, always with the same draws."""
-        weight = nf4_dequantize(self.weight, self.compute_dtype) if is_nf4(self) else self.weight.detach()
+        weight = nf4_dequantize(self.weight, self.compute_dtype) if is_nf4(self) else whole(self.weight.detach())
         if self.ledger_A is not None and self.ledger_B is not None:
             weight = weight if is_nf4(self) else weight.clone()
             merge_(weight, self.ledger_A, self.ledger_B, 1.0, rounding="stochastic")

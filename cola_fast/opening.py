@@ -72,7 +72,8 @@ def first_factors(
     alpha = settings.alpha_for(rank)
     generator = torch.Generator().manual_seed(derive_seed(settings.seed, "init", index, name))
     site = Site(
-        weight=layer.dense_weight(),
+        shape=(layer.out_features, layer.in_features),
+        read=layer.dense_weight,
         rank=rank,
         scale=alpha / rank,
         frozen=settings.frozen,

@@ -11,14 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from . import config as configuration
-from . import store
+from . import store, world
 from .config import Config
 from .errors import UserError
 from .record import CHAIN_FILE
 
 CONFIG_FILE = "config.yaml"
 # Keys that may differ when a run is resumed: they do not change the links.
-FREE_KEYS = {"out", "train.save_every", "train.log_every", "train.loggers", "train.eval_batch_size", "data.test"}
+FREE_KEYS = {"out", "train.save_every", "train.log_every", "train.loggers", "train.eval_batch_size", "train.shard", "data.test"}
 
 
 class Run:
@@ -45,8 +45,11 @@ class Run:
 
     def claim(self) -> None:
         """Lock the folder for this process, and make sure it is this configuration's."""
-        if self._claimed:
-            return
+        if not self._claimed:
+            world.lead(self._claim)
+        self._claimed = True
+
+    def _claim(self) -> None:
         others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.exists() else []
         if others and not (self.path / CONFIG_FILE).exists():
             raise UserError(f"out is {self.path}, which holds other files ({others[0]}, ...): choose a new folder.")
@@ -57,7 +60,6 @@ class Run:
         store.sweep(self.path)
         if not others:
             store.write_file(self.path / CONFIG_FILE, configuration.to_yaml(self.config).encode())
-        self._claimed = True
 
     def _require_same_config(self) -> None:
         old, new = flatten(configuration.to_dict(load_config(self.path))), flatten(configuration.to_dict(self.config))

@@ -4,8 +4,11 @@
         for each step:  accumulate, clip, step; log, evaluate, save as configured
         knot:  save, tie (seal, record, fold), open the next link, save
 
-Everything that decides the next step (factors, optimizer, data order, random state, counters) is in the state that
+Everything that decides the next step (factors, optimizer, data order, counters) is in the state that
 `Chain.save` writes beside the chain, so a run killed at any moment continues to the same links, bit for bit.
+
+Several processes share the forward passes of a step, see `world`. The configuration says what is computed, whoever does
+it: a step is `accumulation` batches of `batch_size` rows, and dropout is seeded by the number of the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import metrics, plot
+from . import metrics, plot, world
 from .batches import Feed, batch_loss, check_packing, check_padding, wants_flat
 from .best import save_best
 from .chain import Chain, attach, load_chain
@@ -34,12 +37,21 @@ from .errors import UserError
 from .evaluate import Score, evaluate
 from .link import derive_seed
 from .methods import GRADIENT, RANKS, STATE
-from .models import checkpoint_activations, context_length, load_model, load_tokenizer, needed_logits
+from .models import (
+    checkpoint_activations,
+    context_length,
+    load_model,
+    load_tokenizer,
+    needed_logits,
+    resolve_device,
+    resolve_dtype,
+)
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, set_lr
 from .record import load_state
 from .run import Run
 from .schedule import Schedule, plan
+from .sharding import shard
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -81,25 +93,30 @@ def train(config: Config, *, quiet: bool = False) -> Result:
     Raises UserError for bad input (nothing on disk has changed then), for a loss that is not finite and for a full disk
     (the last good state is kept), and Interrupted after Ctrl-C or SIGTERM.
     """
-    with Run(config) as run:
-        model = load_model(config.model)
-        tokenizer = load_tokenizer(config.model)
-        data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
-        schedule, feed = prepare(config, data, flat=wants_flat(model))
-        (check_packing if config.train.packing else check_padding)(model)
-        resuming = run.started
-        if resuming:
-            chain = load_chain(model, run.path)
-        else:
-            c = config.chain
-            pattern = RANKS.choose(c.ranks)(model, data.train, c, 0) or c.rank_pattern
-            chain = attach(
-                model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
-                seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
-                scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry,
-            )  # fmt: skip
-        for span in schedule.spans:
-            chain.ranks(span.rank)
+    with world.joined(), Run(config) as run:
+        quiet = quiet or not world.is_main()
+        with world.together():
+            model, device = _load_model(config)
+            tokenizer = load_tokenizer(config.model)
+            data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+            schedule, feed = prepare(config, data, flat=wants_flat(model))
+        with world.together():
+            if device is not None:
+                shard(model, device)
+            (check_packing if config.train.packing else check_padding)(model)
+            resuming = run.started
+            if resuming:
+                chain = load_chain(model, run.path)
+            else:
+                c = config.chain
+                pattern = _ranks(config, model, data, 0) or c.rank_pattern
+                chain = attach(
+                    model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
+                    seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
+                    scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry,
+                )  # fmt: skip
+            for span in schedule.spans:
+                chain.ranks(span.rank)
         run.claim()
         state = load_state(run.path) if resuming else None
         if not quiet:
@@ -107,6 +124,22 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 print(f"data: {note}", file=sys.stderr)
         loop = _Loop(config, run.path, model, chain, data, schedule, feed, state, quiet)
         return loop.run()
+
+
+def _load_model(config: Config) -> tuple[nn.Module, torch.device | None]:
+    """The model on this process's device; or on the CPU, with the device that it is to be sharded onto."""
+    settings = replace(config.model, device=world.device(config.model.device))
+    if not config.train.shard or world.size() == 1:
+        return load_model(settings), None
+    device = resolve_device(settings.device)
+    dtype = "bf16" if resolve_dtype(settings.dtype, device) == torch.bfloat16 else "fp32"
+    return load_model(replace(settings, device="cpu", dtype=dtype)), device
+
+
+def _ranks(config: Config, model: nn.Module, data: Data, link: int) -> dict[str, int] | None:
+    """What the method chooses for link `link`, the same on all ranks."""
+    found = RANKS.choose(config.chain.ranks)(model, data.train, config.chain, link)
+    return world.lead(lambda: found)
 
 
 def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule, Feed]:
@@ -118,6 +151,11 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
     if (config.schedule.plateau or t.early_stop) and not data.eval:
         key = "schedule.plateau" if config.schedule.plateau else "train.early_stop"
         raise UserError(f"{key} needs a validation set: set data.eval or data.eval_share.")
+    if t.accumulation % world.size():
+        raise UserError(
+            f"train.accumulation is {t.accumulation}, but {world.size()} processes share the forward passes of a step: "
+            f"set it to {world.size()} or a multiple (and train.batch_size lower, for as many rows a step as before)."
+        )
     feed = Feed(data.train, t, max_length=data.max_length, flat=flat)
     steps_per_epoch = math.ceil(len(feed) / t.accumulation)
     return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), feed
@@ -148,7 +186,6 @@ class _Loop:
         self.change_gradients = None if gradient is None else GRADIENT.choose(gradient)
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at: reading one waits for the GPU
         self.unlogged: list[float] = []  # losses of the steps since the last row of metrics
-        torch.manual_seed(config.train.seed)
         if state is not None and state["extra"]:
             self._restore(state["extra"])
         if config.train.activation_checkpointing:
@@ -161,8 +198,11 @@ class _Loop:
         self.started = time.perf_counter() - self.at.seconds
         self.logged_tokens, self.logged_at = self.at.tokens, time.perf_counter()
         self.said_at = self.logged_at
-        self.loggers: list[metrics.Logger] = [metrics.JsonLines(self.path, resume_step=self.at.step, link=self.at.link)]
-        self.loggers += [metrics.LOGGERS[name](self.path) for name in self.config.train.loggers]
+        self.loggers: list[metrics.Logger] = []
+        with world.together():
+            if world.is_main():
+                self.loggers = [metrics.JsonLines(self.path, resume_step=self.at.step, link=self.at.link)]
+                self.loggers += [metrics.LOGGERS[name](self.path) for name in self.config.train.loggers]
         self.bar = tqdm(
             total=self.schedule.total, initial=self.at.step, unit="step", disable=True if self.quiet else None
         )
@@ -180,7 +220,7 @@ class _Loop:
                 self.bar.close()
                 for logger in self.loggers:
                     logger.close()
-        plot.draw(self.path)
+        self._draw()
         best = None if math.isinf(self.at.best_loss) else self.at.best_loss
         return Result(self.path, self.at.step, len(self.chain.links), self.score, best, self.at.seconds)
 
@@ -188,9 +228,8 @@ class _Loop:
         """Make sure the link is open and has its optimizer; save, so that a run always has a state to resume from."""
         fresh = self.chain.open_link is None
         if fresh:
-            c, link = self.config.chain, self.at.link
-            pattern = RANKS.choose(c.ranks)(self.model, self.data.train, c, link)
-            self.chain.extend(self.schedule.spans[link].rank, rank_pattern=pattern)
+            pattern = _ranks(self.config, self.model, self.data, self.at.link)
+            self.chain.extend(self.schedule.spans[self.at.link].rank, rank_pattern=pattern)
         self.optimizer = make_optimizer(self.chain, self.config.train)
         load_optimizer_state(self.optimizer, self.optimizer_state)
         self.optimizer_state = {}
@@ -203,11 +242,15 @@ class _Loop:
         batches = [next(self.feed) for _ in range(t.accumulation)]
         labelled = sum(batch.labelled for batch in batches)  # the mean is over the step's tokens, not over its batches
         loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            batch = batch.to(self.device)
+        for number in range(world.rank(), t.accumulation, world.size()):
+            # who computes a batch makes no difference to its dropout: not by the seed, nor by which layers run as one
+            torch.manual_seed(derive_seed(t.seed, "dropout", at.step * t.accumulation + number))
+            self.chain.grouping.held = number >= world.size()
+            batch = batches[number].to(self.device)
             part = batch_loss(needed_logits(self.model, batch), batch)[0] / labelled
             part.backward()
             loss += part.detach()
+        self._share_gradients(loss)
         if self.change_gradients is not None:
             self.change_gradients(self.chain.pairs())
         if t.clip is not None:
@@ -231,11 +274,20 @@ class _Loop:
             self._evaluate()
         if at.knot_due:
             return
-        if self.signals:
+        if world.anyone(bool(self.signals)):
             self._save()
             raise Interrupted(f"Stopped after step {at.step}; the same command resumes from there.")
         if at.step % t.save_every == 0:
             self._save()
+
+    def _share_gradients(self, loss: Tensor) -> None:
+        """Each rank's sums become those of the whole step, and `loss` with them."""
+        if world.size() == 1:
+            return
+        for p in self.chain.parameters():
+            if p.grad is None:  # a module that this rank's batches did not come by
+                p.grad = torch.zeros_like(p)
+        world.sum_([*(p.grad for p in self.chain.parameters() if p.grad is not None), loss])
 
     def _knot(self) -> None:
         at = self.at
@@ -253,7 +305,7 @@ class _Loop:
         if at.link == len(self.schedule.spans) or at.stopping:
             self._save()
         self._say(f"link {at.link} of {len(self.schedule.spans)} tied at step {at.step}")
-        plot.draw(self.path)
+        self._draw()
 
     # --- looking and keeping ------------------------------------------------------------------------------------------
 
@@ -273,7 +325,7 @@ class _Loop:
             at.link_best_loss, at.link_stale = self.score.loss, 0
         if self.score.loss < at.best_loss:
             at.best_loss, at.stale = self.score.loss, 0
-            save_best(self.chain, self.path, step=at.step, loss=at.best_loss)
+            world.lead(lambda: save_best(self.chain, self.path, step=at.step, loss=at.best_loss))
         if self.config.train.early_stop and at.stale >= self.config.train.early_stop:
             at.knot_due = at.stopping = True
         if self.config.schedule.plateau and at.link_stale >= self.config.schedule.plateau:
@@ -282,15 +334,10 @@ class _Loop:
     def _save(self) -> None:
         self._check_losses()
         self.at.seconds = time.perf_counter() - self.started
-        rng = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
         extra = {
             "position": asdict(self.at),
             "feed": self.feed.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.optimizer else {"state": self.optimizer_state},
-            "rng": rng,
         }
         self.chain.save(self.path, extra)
 
@@ -298,26 +345,24 @@ class _Loop:
         self.at = Position(**extra["position"])
         self.feed.load_state_dict(extra["feed"])
         self.optimizer_state = extra["optimizer"]["state"]
-        torch.set_rng_state(extra["rng"]["cpu"])
-        if torch.cuda.is_available() and extra["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(extra["rng"]["cuda"])
 
     def _check_losses(self) -> None:
         """Look at the losses of the last steps. One that is not finite ends the run before anything is saved."""
         if not self.pending:
             return
         losses = torch.stack([loss for _, loss in self.pending]).tolist()
-        for (step, _), loss in zip(self.pending, losses, strict=True):
-            if not math.isfinite(loss):
-                kept = (
-                    "nothing had been saved" if self.chain.folder is None else f"{self.path} keeps its last good state"
-                )
-                raise UserError(
-                    f"The loss became {loss} at step {step}: training stopped, {kept}. Lower schedule.lr, add "
-                    "schedule.warmup, or look for a bad row in the data."
-                )
+        bad = [(step, loss) for (step, _), loss in zip(self.pending, losses, strict=True) if not math.isfinite(loss)]
+        if bad:
+            world.lead(lambda: self._refuse(*bad[0]))
         self.pending = []
         self.unlogged += losses
+
+    def _refuse(self, step: int, loss: float) -> None:
+        kept = "nothing had been saved" if self.chain.folder is None else f"{self.path} keeps its last good state"
+        raise UserError(
+            f"The loss became {loss} at step {step}: training stopped, {kept}. Lower schedule.lr, add "
+            "schedule.warmup, or look for a bad row in the data."
+        )
 
     def _log_training(self, lr: float) -> None:
         self._check_losses()
@@ -337,6 +382,10 @@ class _Loop:
     def _log(self, row: dict[str, Any]) -> None:
         for logger in self.loggers:
             logger.log(row)
+
+    def _draw(self) -> None:
+        if world.is_main():
+            plot.draw(self.path)
 
     def _say(self, line: str) -> None:
         self.said_at = time.perf_counter()

@@ -31,7 +31,8 @@ class Method:
 class Site:
     """One module, for which a new link needs its first values. Weight and previous values are not to be changed."""
 
-    weight: Tensor  # [N, K], all sealed links folded in
+    shape: tuple[int, int]  # (N, K)
+    read: Callable[[], Tensor]  # the weight [N, K], all sealed links folded in
     rank: int
     scale: float
     frozen: str | None  # "a" or "b": the factor that will not be trained
@@ -39,6 +40,11 @@ class Site:
     dtype: torch.dtype  # of the factors
     generator: torch.Generator  # on the CPU, its own for each link and module
     previous: Callable[[], Factors | None]  # what the link before ended with here; read from disk when asked for
+
+    @property
+    def weight(self) -> Tensor:
+        """Only for a start that depends on it: it may have to be dequantised, or gathered from other processes."""
+        return self.read()
 
 
 class Pair(NamedTuple):

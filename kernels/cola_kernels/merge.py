@@ -40,6 +40,7 @@ def _merge_kernel(
     N,
     K,
     R,
+    first_row,
     stride_wn,
     stride_wk,
     stride_ar,
@@ -77,7 +78,7 @@ def _merge_kernel(
     before = tl.load(p_tile, mask=m_w, other=0.0)  # [BN, BK]
     target = before.to(tl.float32) + delta
     if DROPPED:
-        target = _round_stochastic(target, draws(p_seed, o_n, first_k, K, BK), DROPPED)
+        target = _round_stochastic(target, draws(p_seed, first_row + o_n, first_k, K, BK), DROPPED)
     after = target.to(before.dtype)
     tl.store(p_tile, after, mask=m_w)
     if REPORT:
@@ -96,6 +97,7 @@ def merge_(
     *,
     rounding: str = "nearest",
     seed: int = 0,
+    first_row: int = 0,
     report: bool = False,
 ) -> FoldReport | None:
     """`weight += scale · B A` in place, rounded once from fp32; `reference.merge_` says what the arguments are."""
@@ -116,6 +118,7 @@ def merge_(
         n,
         k,
         r,
+        first_row,
         *weight.stride(),
         *a.stride(),
         *b.stride(),

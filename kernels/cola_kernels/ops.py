@@ -161,18 +161,20 @@ def merge_(
     *,
     rounding: str = "nearest",
     seed: int = 0,
+    first_row: int = 0,
     report: bool = False,
 ) -> FoldReport | None:
     """`weight += scale · B A` in place, without a temporary of weight's size, rounded once from fp32.
 
     `reference.merge_` says what the arguments are; the backend is chosen as for `lora_linear`.
     """
+    options: dict[str, Any] = {"rounding": rounding, "seed": seed, "first_row": first_row, "report": report}
     if backend.use_triton(weight):
         from .merge import merge_ as triton_merge_
 
         with torch.cuda.device_of(weight):
-            return triton_merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
-    return reference.merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
+            return triton_merge_(weight, lora_a, lora_b, scale, **options)
+    return reference.merge_(weight, lora_a, lora_b, scale, **options)
 
 
 def nf4_dequantize(weight: Tensor, dtype: torch.dtype) -> Tensor:

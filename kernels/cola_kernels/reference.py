@@ -162,6 +162,7 @@ def merge_(
     *,
     rounding: str = "nearest",
     seed: int = 0,
+    first_row: int = 0,
     report: bool = False,
 ) -> FoldReport | None:
     """`weight += scale · B A` in place, tile by tile, rounded once from fp32 (fp64 for an fp64 weight).
@@ -171,6 +172,8 @@ def merge_(
         lora_a, lora_b: `[R, K]` and `[N, R]`.
         rounding: "nearest", or "stochastic": up or down with the probability that makes the expectation exact.
         seed: of stochastic rounding; the same seed gives the same weight again.
+        first_row: where weight and lora_b are some rows of a larger matrix, the number of the first: they are rounded
+            with the draws that they have there.
         report: also measure what the weight's dtype kept of the update.
 
     Raises:
@@ -190,7 +193,7 @@ def merge_(
             target = torch.addmm(tile.to(wide), b, a, alpha=scale)
             before = tile.clone() if report else None
             if rounding == "stochastic" and weight.dtype in DROPPED_BITS:
-                tile.copy_(_round_stochastic(target, weight.dtype, key, first))
+                tile.copy_(_round_stochastic(target, weight.dtype, key, first_row + first))
             else:
                 tile.copy_(target)
             if before is not None:

@@ -235,7 +235,7 @@ def test_what_cannot_be_combined(overrides: list[str], sentence: str) -> None:
 
 def site(weight: Tensor, rank: int = 3, **keys: Any) -> Site:
     settings = {"frozen": None, "carry": 0.0, "dtype": torch.float64, "previous": lambda: None, **keys}
-    return Site(weight=weight, rank=rank, scale=2.0, generator=torch.Generator().manual_seed(0), **settings)
+    return Site(shape=tuple(weight.shape), read=lambda: weight, rank=rank, scale=2.0, generator=torch.Generator().manual_seed(0), **settings)
 
 
 @pytest.mark.parametrize("shape", [(7, 11), (11, 7)])
