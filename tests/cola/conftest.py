@@ -1,7 +1,12 @@
-"""What the tests of grouped layers share."""
+"""What several tests share: ways to run a group of layers, and a process that trains in processes that can be killed."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,3 +51,25 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer, alone or not, draws the same mask from the same shape: so that both can be compared."""
     monkeypatch.setattr(cola_kernels.autograd, "as_seed", lambda seed, device: torch.tensor(7, device=device))
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[Callable[..., dict[str, Any]]]:
+    command = [sys.executable, "-m", "tests.cola.crash_worker"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(config: str, **keys: Any) -> dict[str, Any]:
+            print(json.dumps({"config": config, **keys}), file=process.stdin, flush=True)
+            answer: dict[str, Any] = json.loads(process.stdout.readline())
+            return answer
+
+        yield run
+        process.stdin.close()
+
+
+def sealed(run: Path) -> list[str]:
+    record = json.loads((run / "chain.json").read_text())
+    return [link["sha256"]["adapter_model.safetensors"] for link in record["links"]]
