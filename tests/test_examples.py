@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = {
     "peft_drop_in": ("14 LoRA layers run on cola_kernels", "runs/peft-drop-in/adapter_model.safetensors"),
     "trainer_callback": ("3 links", "runs/trainer/merged/model.safetensors"),
+    "two_processes": ("3 links in 12 steps", "runs/two-processes/run/links/002/adapter_model.safetensors"),
     "trl_sft": ("relative error", "runs/trl/adapter/adapter_model.safetensors"),
 }
 
