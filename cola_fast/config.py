@@ -259,8 +259,8 @@ def validate(config: Config) -> None:
         )
     _require(
         not (t.shard and config.model.load_in_4bit),
-        "train.shard is for 16- and 32-bit weights, but model.load_in_4bit is set: leave one of them out (without shard "
-        "every process holds the whole 4-bit model).",
+        "train.shard is for 16- and 32-bit weights, but model.load_in_4bit is set: leave one of them out (without "
+        "shard every process holds the whole 4-bit model).",
     )
     _require(d.max_length >= 2, f"data.max_length is {d.max_length}, but it must be at least 2 tokens.")
     _require(0 <= d.eval_share < 1, f"data.eval_share is {d.eval_share}, but it is a share of the rows in [0, 1).")

@@ -18,7 +18,8 @@ from .record import CHAIN_FILE
 
 CONFIG_FILE = "config.yaml"
 # Keys that may differ when a run is resumed: they do not change the links.
-FREE_KEYS = {"out", "train.save_every", "train.log_every", "train.loggers", "train.eval_batch_size", "train.shard", "data.test"}
+FREE_TRAIN_KEYS = ("save_every", "log_every", "loggers", "eval_batch_size", "shard")
+FREE_KEYS = {"out", "data.test", *(f"train.{key}" for key in FREE_TRAIN_KEYS)}
 
 
 class Run:

@@ -132,8 +132,8 @@ def _load_model(config: Config) -> tuple[nn.Module, torch.device | None]:
     if not config.train.shard or world.size() == 1:
         return load_model(settings), None
     device = resolve_device(settings.device)
-    dtype = "bf16" if resolve_dtype(settings.dtype, device) == torch.bfloat16 else "fp32"
-    return load_model(replace(settings, device="cpu", dtype=dtype)), device
+    wide = resolve_dtype(settings.dtype, device) == torch.float32
+    return load_model(replace(settings, device="cpu", dtype="fp32" if wide else "bf16")), device
 
 
 def _ranks(config: Config, model: nn.Module, data: Data, link: int) -> dict[str, int] | None:

@@ -1,4 +1,4 @@
-"""One run in several processes, as `torchrun` and `accelerate launch` start them. In a run of one process this does nothing.
+"""One run in several processes, as `torchrun` and `accelerate launch` start them. In one process this does nothing.
 
 Every process (rank) runs the same code on the same state: the same links, optimizer, data order. They differ in the
 forward passes they take. Rank 0 alone touches the disk: the others wait for it, and fail as it fails (`lead`), so that
@@ -30,7 +30,7 @@ class Told(UserError):
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that the launcher started. Nothing happens without a launcher, or inside another `joined`.
+    """Be one of the processes that a launcher has started; nothing happens without one, or inside another `joined`.
 
     The launcher's environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) is read here and in `device`.
     """

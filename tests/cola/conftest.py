@@ -1,4 +1,4 @@
-"""What several tests share: ways to run a group of layers, and a process that trains in processes that can be killed."""
+"""What several tests share: ways to run a group of layers, and a worker whose trainings can be killed."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ every half-written file, and every module that is folded.
 
 from __future__ import annotations
 
-import json
 import errno
+import json
 import os
 import signal
 import socket
@@ -40,7 +40,7 @@ torch.set_num_threads(1)
 
 import datasets  # noqa: F401
 import torch.distributed.fsdp
-import torch.distributed.tensor  # noqa: F401
+import torch.distributed.tensor
 import transformers
 
 from cola_fast import UserError, bases, config, layer, plot, store, trainer

@@ -191,6 +191,18 @@ def test_a_group_forms_only_when_no_forward_waits(launches: list[int]) -> None:
     assert launches == [1] * 12 + [3]
 
 
+def test_a_held_group_stays_as_it_is(launches: list[int]) -> None:
+    """What the passes of one step do must not depend on how many of them this process makes."""
+    net, x = Three(), torch.ones(1, 6, dtype=torch.float64)
+    net(x)
+    net.q.grouping.held = True
+    net(x)
+    assert launches == [1] * 6
+    net.q.grouping.held = False
+    net(x)
+    assert launches == [1] * 6 + [3]
+
+
 def test_a_group_dissolves_only_when_no_forward_waits(launches: list[int]) -> None:
     net = Three().learn()
     x = torch.randn(4, 6, dtype=torch.float64)

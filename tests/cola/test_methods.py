@@ -233,9 +233,21 @@ def test_what_cannot_be_combined(overrides: list[str], sentence: str) -> None:
 # --- starts and scales ------------------------------------------------------------------------------------------------
 
 
+def test_a_weight_that_a_start_does_not_need_is_not_read(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have to be dequantised, or gathered from other processes."""
+    read: list[LoRALinear] = []
+    monkeypatch.setattr(LoRALinear, "dense_weight", lambda self: read.append(self) or self.weight.detach())
+    chain = attach(model, r=2)
+    assert not read
+    chain.detach()
+    chain = attach(model, r=2, init="pissa")
+    assert read == list(chain.layers.values())
+
+
 def site(weight: Tensor, rank: int = 3, **keys: Any) -> Site:
     settings = {"frozen": None, "carry": 0.0, "dtype": torch.float64, "previous": lambda: None, **keys}
-    return Site(shape=tuple(weight.shape), read=lambda: weight, rank=rank, scale=2.0, generator=torch.Generator().manual_seed(0), **settings)
+    settings |= {"shape": tuple(weight.shape), "read": lambda: weight, "generator": torch.Generator().manual_seed(0)}
+    return Site(rank=rank, scale=2.0, **settings)
 
 
 @pytest.mark.parametrize("shape", [(7, 11), (11, 7)])

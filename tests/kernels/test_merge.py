@@ -89,6 +89,16 @@ def test_a_seed_repeats_itself_whatever_the_tile(monkeypatch):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_rows_of_a_weight_are_rounded_as_in_the_whole(dtype):
+    whole, a, b = make(40, 56, 3, dtype)
+    parts = [rows.clone() for rows in whole.split(11)]
+    reference.merge_(whole, a, b, 0.5, rounding="stochastic", seed=9)
+    for i, rows in enumerate(parts):
+        reference.merge_(rows, a, b[11 * i :][: len(rows)], 0.5, rounding="stochastic", seed=9, first_row=11 * i)
+    assert torch.equal(torch.cat(parts), whole)
+
+
 @pytest.mark.parametrize(("rounding", "report"), [("nearest", False), ("stochastic", True)], ids=["least", "most"])
 def test_needs_little_memory_beside_the_weight(rounding, report):
     """The most that is live at once while a 4096 x 4096 weight is merged, as torch's profiler saw it allocated."""
@@ -104,8 +114,9 @@ def test_needs_little_memory_beside_the_weight(rounding, report):
 def test_triton_writes_what_the_reference_writes(shape, rounding, dtype):
     expected, a, b = make(*shape, dtype, DEVICE)
     got = expected.clone()
-    first = reference.merge_(expected, a, b, 0.25, rounding=rounding, seed=-7, report=True)
-    second = cola_kernels.merge_(got, a, b, 0.25, rounding=rounding, seed=-7, report=True)
+    options = {"rounding": rounding, "seed": -7, "first_row": 5, "report": True}
+    first = reference.merge_(expected, a, b, 0.25, **options)
+    second = cola_kernels.merge_(got, a, b, 0.25, **options)
     assert torch.equal(got, expected)
     assert second == pytest.approx(first, rel=1e-4, abs=1e-6)
 
