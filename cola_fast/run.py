@@ -31,9 +31,7 @@ class Run:
         self._claimed = False
 
     def __enter__(self) -> Run:
-        if self.path.is_file():
-            raise UserError(f"out is {self.path}, but that is a file: name a folder.")
-        if self.path.exists() and any(self.path.iterdir()):
+        if world.lead(self._in_use):
             self.claim()  # an existing run: refuse at once, not after loading a model
         return self
 
@@ -42,13 +40,18 @@ class Run:
 
     @property
     def started(self) -> bool:
-        return (self.path / CHAIN_FILE).exists()
+        return world.lead((self.path / CHAIN_FILE).exists)
 
     def claim(self) -> None:
         """Lock the folder for this process, and make sure it is this configuration's."""
         if not self._claimed:
             world.lead(self._claim)
         self._claimed = True
+
+    def _in_use(self) -> bool:
+        if self.path.is_file():
+            raise UserError(f"out is {self.path}, but that is a file: name a folder.")
+        return self.path.exists() and any(self.path.iterdir())
 
     def _claim(self) -> None:
         others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.exists() else []

@@ -4,8 +4,8 @@
         for each step:  accumulate, clip, step; log, evaluate, save as configured
         knot:  save, tie (seal, record, fold), open the next link, save
 
-Everything that decides the next step (factors, optimizer, data order, counters) is in the state that
-`Chain.save` writes beside the chain, so a run killed at any moment continues to the same links, bit for bit.
+Everything that decides the next step (factors, optimizer, data order, counters) is in the state that `Chain.save`
+writes beside the chain, so a run killed at any moment continues to the same links, bit for bit.
 
 Several processes share the forward passes of a step, see `world`. The configuration says what is computed, whoever does
 it: a step is `accumulation` batches of `batch_size` rows, and dropout is seeded by the number of the batch.
@@ -14,11 +14,8 @@ it: a step is `accumulation` batches of `batch_size` rows, and dropout is seeded
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +49,7 @@ from .record import load_state
 from .run import Run
 from .schedule import Schedule, plan
 from .sharding import shard
+from .signals import collected_signals
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -206,7 +204,7 @@ class _Loop:
         self.bar = tqdm(
             total=self.schedule.total, initial=self.at.step, unit="step", disable=True if self.quiet else None
         )
-        with _signals() as self.signals:
+        with collected_signals() as self.signals:
             try:
                 if not self.resumed:
                     self._evaluate()
@@ -391,24 +389,3 @@ class _Loop:
         self.said_at = time.perf_counter()
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying; a second SIGINT does what it always did."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever owns it handles signals
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

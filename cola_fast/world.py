@@ -46,7 +46,13 @@ def joined() -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        try:
+            dist.init_process_group(backend, timeout=PATIENCE)
+        except ValueError as error:
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, as a launcher of several processes sets it, but the rest of "
+                f"what it sets is missing ({error}): start them with torchrun, or unset WORLD_SIZE."
+            ) from None
     _rank, _size = dist.get_rank(), dist.get_world_size()
     try:
         yield

@@ -11,10 +11,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
-from cola_fast import UserError, cli, config, metrics, world
+from cola_fast import UserError, bases, cli, config, metrics, world
 from cola_fast.data import Data
 from cola_fast.encode import Example
+from cola_fast.layer import LoRALinear
+from cola_fast.peft_format import Factors
+from cola_fast.sharding import Rows
 from cola_fast.trainer import prepare
 
 from ..conftest import tiny_llama
@@ -99,7 +103,7 @@ def test_two_processes_train_the_links_of_one(runs: Runs, whole: dict[str, Any],
     require_close(runs, name)
     for mine, single in zip(runs.rows(name), runs.rows("single"), strict=True):
         assert mine["event"] == single["event"]
-        for key in {"loss", "accuracy", "examples", "retained"} & single.keys():
+        for key in {"loss", "accuracy", "examples", "retained", "error"} & single.keys():
             assert mine[key] == pytest.approx(single[key], rel=1e-5), (key, mine)
 
 
@@ -109,6 +113,21 @@ def test_a_knot_costs_a_sharded_process_half(whole: dict[str, Any]) -> None:
     assert whole["ddp"]["rows"] == [rows, rows]
     odd = 2 * 2 * LINKS  # gate and up of two blocks
     assert whole["fsdp"]["rows"] == [(rows + odd) // 2, (rows - odd) // 2]
+
+
+def test_rows_are_rounded_as_in_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = bases.DenseBase("stochastic")
+    factors = Factors(torch.randn(3, 24), torch.randn(40, 3), 0.3)
+
+    def folded(first: int, count: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = LoRALinear.from_linear(nn.Linear(24, 40, bias=False, dtype=torch.bfloat16))
+        rows = Rows(layer.weight.detach()[first : first + count], first, None)
+        monkeypatch.setattr(bases, "own_rows", lambda weight: rows)
+        base.fold(layer, factors, seed=3, report=False)
+        return rows.weight
+
+    assert torch.equal(torch.cat([folded(0, 15), folded(15, 15), folded(30, 10)]), folded(0, 40))
 
 
 @pytest.mark.slow
@@ -174,6 +193,13 @@ def test_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refuses_a_sharded_4_bit_base(runs: Runs) -> None:
     with pytest.raises(UserError, match=r"train.shard is for 16- and 32-bit weights"):
         config.from_dict(runs.raw, ["train.shard=true", "model.load_in_4bit=true"])
+
+
+def test_half_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, .* start them with torchrun"), world.joined():
+        pass
 
 
 def test_only_training_takes_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
