@@ -50,7 +50,7 @@ def joined() -> Iterator[None]:
             dist.init_process_group(backend, timeout=PATIENCE)
         except ValueError as error:
             raise UserError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, as a launcher of several processes sets it, but the rest of "
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, as a launcher of processes sets it, but the rest of "
                 f"what it sets is missing ({error}): start them with torchrun, or unset WORLD_SIZE."
             ) from None
     _rank, _size = dist.get_rank(), dist.get_world_size()
