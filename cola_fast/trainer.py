@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from tqdm import tqdm
 from . import metrics, plot
 from .batches import Feed, batch_loss, check_packing, check_padding, wants_flat
 from .best import save_best
+from .calibration import Sample, draw
 from .chain import Chain, attach, load_chain
 from .config import Config
 from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
 from .link import derive_seed
-from .methods import GRADIENT, RANKS, STATE
+from .methods import GRADIENT, RANKS, STATE, WANTS, Wants
 from .models import checkpoint_activations, context_length, load_model, load_tokenizer, needed_logits
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, set_lr
@@ -97,6 +98,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
                 seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
                 scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry,
+                batches=_looked_at(config, data, 0), original=_original(config),
             )  # fmt: skip
         for span in schedule.spans:
             chain.ranks(span.rank)
@@ -121,6 +123,21 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
     feed = Feed(data.train, t, max_length=data.max_length, flat=flat)
     steps_per_epoch = math.ceil(len(feed) / t.accumulation)
     return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), feed
+
+
+def _looked_at(config: Config, data: Data, link: int) -> list[Sample] | None:
+    """What the init looks at before a link: training examples of its own seed, so that the data's order stays as it is."""
+    c, t = config.chain, config.train
+    if WANTS.get(c.init, Wants()).see is None:
+        return None
+    return draw(data.train, c.calibration, t.batch_size, derive_seed(t.seed, "calibration", link))
+
+
+def _original(config: Config) -> nn.Module | None:
+    """The model before it was quantised, if the init wants it; on the CPU."""
+    if not (WANTS.get(config.chain.init, Wants()).corrects and config.model.load_in_4bit):
+        return None
+    return load_model(replace(config.model, load_in_4bit=False, device="cpu"))
 
 
 class _Loop:
@@ -190,7 +207,8 @@ class _Loop:
         if fresh:
             c, link = self.config.chain, self.at.link
             pattern = RANKS.choose(c.ranks)(self.model, self.data.train, c, link)
-            self.chain.extend(self.schedule.spans[link].rank, rank_pattern=pattern)
+            batches = _looked_at(self.config, self.data, link)
+            self.chain.extend(self.schedule.spans[link].rank, rank_pattern=pattern, batches=batches)
         self.optimizer = make_optimizer(self.chain, self.config.train)
         load_optimizer_state(self.optimizer, self.optimizer_state)
         self.optimizer_state = {}

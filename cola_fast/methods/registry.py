@@ -39,6 +39,20 @@ class Site:
     dtype: torch.dtype  # of the factors
     generator: torch.Generator  # on the CPU, its own for each link and module
     previous: Callable[[], Factors | None]  # what the link before ended with here; read from disk when asked for
+    index: int = 0  # of the link in its chain
+    seen: Any = None  # what the init's `see` made of the training batches
+    original: Tensor | None = None  # [N, K], what an init that `corrects` corrects towards: the weight before quantisation
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What an init wants beyond the weight, and whether it changes the model's function on purpose."""
+
+    # (what it made of the batches before or None, R, x [M, K], dy [M, N] or None) -> the same with this batch, at one
+    # module. Linear algebra in at least fp32; random draws are seeded.
+    see: Callable[[Any, int, Tensor, Tensor | None], Any] | None = None
+    gradients: bool = False  # dy, the gradient of the module's output, too
+    corrects: bool = False  # it starts as a correction of what quantising lost, which stays in the function
 
 
 class Pair(NamedTuple):
@@ -70,8 +84,9 @@ class Slot(dict[str, F], Generic[F]):
 
 
 # A link's first A [R, K] and B [N, R], in `site.dtype` on any device. Where B A is not zero, the chain takes
-# scale · B A out of the weight, so that the model's function stays as it was.
+# scale · B A out of the weight, so that the model's function stays as it was (unless the init corrects it).
 INIT: Slot[Callable[[Site], tuple[Tensor, Tensor]]] = Slot("chain.init")
+WANTS: dict[str, Wants] = {}  # by name of the init; most want nothing
 # (alpha, R, r) -> the alpha a module of rank R gets where the chain's are alpha and r: its scale is that alpha over R.
 SCALING: Slot[Callable[[float, int, int], float]] = Slot("chain.scaling")
 # (model without an open link, training examples, configuration, index of the link about to be opened)
