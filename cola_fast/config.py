@@ -104,7 +104,7 @@ class TrainConfig:
     accumulation: int = 1  # forward passes per optimizer step
     packing: bool = False  # concatenate sequences into rows of max_length, attention kept block-diagonal
     group_by_length: bool = True
-    optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw, paged-adamw-8bit
+    optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw(-8bit), lora-rite
     gradient: str | None = None  # change A's and B's gradients: lora-pro
     lr_ratio: float = 1.0  # learning rate of B over that of A
     weight_decay: float = 0.0

@@ -92,8 +92,10 @@ SCALING: Slot[Callable[[float, int, int], float]] = Slot("chain.scaling")
 # (model without an open link, training examples, configuration, index of the link about to be opened)
 # -> module or pattern -> rank, or None to leave the ranks as they are.
 RANKS: Slot[Callable[[nn.Module, Sequence[Example], ChainConfig, int], dict[str, int] | None]] = Slot("chain.ranks")
-# (parameter groups, configuration) -> optimizer.
-OPTIMIZER: Slot[Callable[[list[dict[str, Any]], TrainConfig], torch.optim.Optimizer]] = Slot("train.optimizer")
+# (parameter groups, configuration, which parameters are factors of one module) -> optimizer.
+OPTIMIZER: Slot[Callable[[list[dict[str, Any]], TrainConfig, Sequence[Pair]], torch.optim.Optimizer]] = Slot(
+    "train.optimizer"
+)
 # Changes the gradients in place, after the backward pass and before clipping.
 GRADIENT: Slot[Callable[[Sequence[Pair]], None]] = Slot("train.gradient")
 # (the optimizer's state by parameter index, `schedule.prune`, seed) -> what the next link's optimizer starts from.
