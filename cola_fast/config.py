@@ -106,6 +106,8 @@ class TrainConfig:
     group_by_length: bool = True
     optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw(-8bit), lora-rite
     gradient: str | None = None  # change A's and B's gradients: lora-pro
+    perturb: str | None = None  # take the loss at noisy weights: flat-lora
+    sigma: float = 0.05  # perturb: the noise's norm over the weight's, row by row, at the end of the run
     lr_ratio: float = 1.0  # learning rate of B over that of A
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -207,6 +209,7 @@ def validate(config: Config) -> None:
         "schedule.rewarm returns to the global learning-rate curve: set schedule.lr_span to global, or use warmup.",
     )
     _require(t.lr_ratio > 0, f"train.lr_ratio is {t.lr_ratio}, but it must be positive.")
+    _require(t.sigma >= 0, f"train.sigma is {t.sigma}, but it must not be negative.")
     _require(
         t.gradient is None or c.frozen is None,
         f"train.gradient is {t.gradient}, which needs both factors trained: set chain.frozen to null.",

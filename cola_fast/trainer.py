@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
 from .link import derive_seed
-from .methods import GRADIENT, RANKS, STATE, WANTS, Wants
+from .methods import GRADIENT, PERTURB, RANKS, STATE, WANTS, Wants
 from .models import checkpoint_activations, context_length, load_model, load_tokenizer, needed_logits
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, set_lr
@@ -221,11 +221,12 @@ class _Loop:
         batches = [next(self.feed) for _ in range(t.accumulation)]
         labelled = sum(batch.labelled for batch in batches)  # the mean is over the step's tokens, not over its batches
         loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            batch = batch.to(self.device)
-            part = batch_loss(needed_logits(self.model, batch), batch)[0] / labelled
-            part.backward()
-            loss += part.detach()
+        with self._perturbed():
+            for batch in batches:
+                batch = batch.to(self.device)
+                part = batch_loss(needed_logits(self.model, batch), batch)[0] / labelled
+                part.backward()
+                loss += part.detach()
         if self.change_gradients is not None:
             self.change_gradients(self.chain.pairs())
         if t.clip is not None:
@@ -254,6 +255,13 @@ class _Loop:
             raise Interrupted(f"Stopped after step {at.step}; the same command resumes from there.")
         if at.step % t.save_every == 0:
             self._save()
+
+    def _perturbed(self) -> AbstractContextManager[None]:
+        t, at = self.config.train, self.at
+        if t.perturb is None:
+            return nullcontext()
+        seed = derive_seed(t.seed, "perturb", at.step)
+        return PERTURB.choose(t.perturb)(self.chain.layers, at.step / self.schedule.total, seed, t)
 
     def _knot(self) -> None:
         at = self.at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from ..config import ChainConfig, TrainConfig
     from ..encode import Example
+    from ..layer import LoRALinear
     from ..peft_format import Factors
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -98,11 +100,16 @@ OPTIMIZER: Slot[Callable[[list[dict[str, Any]], TrainConfig, Sequence[Pair]], to
 )
 # Changes the gradients in place, after the backward pass and before clipping.
 GRADIENT: Slot[Callable[[Sequence[Pair]], None]] = Slot("train.gradient")
+# (layers by name, share of the run that is done, seed of the step, configuration) -> what a step's forward and backward
+# passes run inside. It leaves the weights, and afterwards the layers, as they were.
+PERTURB: Slot[Callable[[Mapping[str, LoRALinear], float, int, TrainConfig], AbstractContextManager[None]]] = Slot(
+    "train.perturb"
+)
 # (the optimizer's state by parameter index, `schedule.prune`, seed) -> what the next link's optimizer starts from.
 STATE: Slot[Callable[[dict[int, dict[str, Any]], float, int], dict[int, dict[str, Any]]]] = Slot(
     "schedule.optimizer_state"
 )
-SLOTS: tuple[Slot[Any], ...] = (INIT, SCALING, RANKS, OPTIMIZER, GRADIENT, STATE)
+SLOTS: tuple[Slot[Any], ...] = (INIT, SCALING, RANKS, OPTIMIZER, GRADIENT, PERTURB, STATE)
 
 METHODS: dict[str, Method] = {}
 
