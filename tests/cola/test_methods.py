@@ -25,6 +25,7 @@ from ..conftest import tiny_llama
 from .test_chain import logits, relative
 
 ALL = pytest.mark.parametrize("name", METHODS)
+SLOW_LEARNERS = ("rac-lora", "ffa-lora", "lora-pro", "xgblora")
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # `wide_folder`, from which the 4-bit model is loaded
 
 
@@ -198,11 +199,12 @@ def test_detaching_an_untrained_link_gives_the_model_back(
 def test_every_method_learns(
     name: str, config_file: Callable[..., str], raw_config: dict[str, Any], wide_folder: Path
 ) -> None:
-    """With its own presets, except that ReLoRA's warm-up has to fit into a link of 60 steps, and that the moments it
+    """With its own presets, except that ReLoRA's warm-up has to fit into a link of 30 steps, and that the moments it
     keeps diverge at the others' learning rate."""
     run_config(name, raw_config, wide_folder)
-    keys = {"schedule__rewarm": 20} if name == "relora" else {}
-    path = config_file(schedule__steps=240, schedule__lr=0.001 if name == "relora" else 0.005, **keys)
+    keys = {"schedule__rewarm": 10} if name == "relora" else {}
+    steps = 240 if name in SLOW_LEARNERS else 120
+    path = config_file(schedule__steps=steps, schedule__lr=0.001 if name == "relora" else 0.005, **keys)
     result = trainer.train(config.load(path), quiet=True)
     assert result.score is not None
     assert result.score.accuracy is not None
