@@ -73,6 +73,24 @@ def test_the_first_step_by_hand() -> None:
     torch.testing.assert_close(pair.a.detach(), a - 0.02 * torch.linalg.solve(t, step.t()))
 
 
+def test_what_a_change_of_basis_loses_is_kept_as_escaped_mass() -> None:
+    """R = 1, B turned by a right angle after the first step: all of A's second moment is lost, and counts from then on
+    in every direction, less what beta2 takes off."""
+    pair = Pair(nn.Parameter(randn(1, K, seed=2)), nn.Parameter(torch.eye(N, 1, dtype=torch.float64)), 1.0)
+    optimizer = OPTIMIZER["lora-rite"]([{"params": list(pair[:2])}], TrainConfig(betas=(0.9, 0.99)), [pair])
+    found = []
+    for row in (0, 1, 1):
+        with torch.no_grad():
+            pair.b.copy_(torch.eye(N, dtype=torch.float64)[:, row : row + 1])
+        pair.a.grad = randn(1, K, seed=5)
+        optimizer.step()
+        state = optimizer.state[pair.a]
+        found.append((float(state["second_moment"]), float(state["escaped"])))
+    mean = float(randn(1, K, seed=5).square().mean()) / 100
+    assert [escaped for _, escaped in found] == pytest.approx([0, 0.99 * mean, 0.99**2 * mean])
+    assert [second for second, _ in found] == pytest.approx([mean, mean, 1.99 * mean])
+
+
 def test_a_frozen_factor_is_a_basis(model: nn.Module, ids: Tensor) -> None:
     made = configured("rac-lora", "lora-rite")
     chain = chain_of(model, made)
