@@ -148,7 +148,7 @@ class Chain:
             return {name: trained for name, (_, trained) in self.links[-1].steps().items()} if self.links else {}
 
         layers = {name: self.layers[name] for name in covered(list(self.layers), self.settings, index)}
-        originals = originals_of(layers, original) if wants.corrects and index == 0 else {}
+        originals = originals_of(self.settings.init, layers, original) if wants.corrects and index == 0 else {}
         seen: dict[str, Any] = {}
         if wants.see is not None:
             if not self.batches:

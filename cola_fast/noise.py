@@ -33,7 +33,7 @@ class _Noise(torch.autograd.Function):
 
 
 class WeightNoise:
-    """A forward hook. The layer computes as if its weight were `W + E`, backward too, for as long as it is registered."""
+    """A forward hook. As long as it is registered, the layer computes as if its weight were `W + E`, backward too."""
 
     def __init__(self, spread: Tensor, seed: int) -> None:
         self.spread, self.seed = spread, seed

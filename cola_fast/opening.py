@@ -1,9 +1,9 @@
 """Opening a link: what all links of a chain share, which modules the next one covers, and the values it starts from.
 
-A start with B A ≠ 0 (PiSSA, OLoRA, LoRA-GA, PeriodicLoRA) must not change the model, so the chain takes `s·B0·A0` out of the
-weight when it opens the link. What the link then adds to the sealed chain is `s·(B A - B0 A0)`, which is one link of
-rank 2R, `[B | -B0]` and `[A; A0]`, and sealed as such. A replay folds it as the live run did, the start first: same
-bits. One kind of start stays in: LoftQ's, whose purpose is to change a quantised model back towards the original.
+A start with B A ≠ 0 (PiSSA, OLoRA, LoRA-GA, PeriodicLoRA) must not change the model, so the chain takes `s·B0·A0` out
+of the weight when it opens the link. What the link then adds to the sealed chain is `s·(B A - B0 A0)`, which is one
+link of rank 2R, `[B | -B0]` and `[A; A0]`, and sealed as such. A replay folds it as the live run did, the start first:
+same bits. One kind of start stays in: LoftQ's, whose purpose is to change a quantised model back towards the original.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def first_factors(
     return {name: first(name, layer) for name, layer in layers.items()}
 
 
-def originals_of(layers: Mapping[str, LoRALinear], original: nn.Module | None) -> dict[str, Tensor]:
+def originals_of(init: str, layers: Mapping[str, LoRALinear], original: nn.Module | None) -> dict[str, Tensor]:
     """Module -> its weight before it was quantised, for the 4-bit ones; `original` is the 16-bit model.
 
     Raises UserError if no layer is 4-bit, if the model is missing, or if it is not what they were quantised from.
@@ -112,12 +112,12 @@ def originals_of(layers: Mapping[str, LoRALinear], original: nn.Module | None) -
     quantised = {name: layer for name, layer in layers.items() if is_nf4(layer)}
     if not quantised:
         raise UserError(
-            "init loftq corrects what quantising lost, but no targeted weight is 4-bit: load the model in 4 bits, or "
-            "choose another init."
+            f"init {init} corrects what quantising lost, but no targeted weight is 4-bit: load the model in 4 bits, "
+            "or choose another init."
         )
     if original is None:
         raise UserError(
-            "init loftq needs the weights before they were quantised: give attach the 16-bit model as `original`."
+            f"init {init} needs the weights before they were quantised: give attach the 16-bit model as `original`."
         )
     modules = dict(original.named_modules())
     found = {}

@@ -126,7 +126,7 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
 
 
 def _looked_at(config: Config, data: Data, link: int) -> list[Sample] | None:
-    """What the init looks at before a link: training examples of its own seed, so that the data's order stays as it is."""
+    """What the init looks at before a link: training examples drawn by a seed of their own, not from the feed."""
     c, t = config.chain, config.train
     if WANTS.get(c.init, Wants()).see is None:
         return None

@@ -19,9 +19,9 @@ register(
     Method(
         "flat-lora",
         "arXiv 2409.14396",
-        "the loss at W + sBA + noise, drawn anew each step, of row norm sigma times the merged weight's; sigma grows "
-        "from 0 by a cosine over the run. A term of the forward pass, as adding to 16-bit weights and subtracting again "
-        "would change them. Sigma's value is unverified",
+        "the loss at W + sBA + noise, drawn anew each step; a row's norm is sigma times the merged weight's, and sigma "
+        "grows from 0 by a cosine over the run. Ours: it is a term of the forward pass, since a 16-bit weight would "
+        "not come back from adding and subtracting. The value of sigma is unverified",
         {"train": {"perturb": "flat-lora", "sigma": 0.05}},
     )
 )
@@ -53,6 +53,8 @@ def _row_norms(layer: LoRALinear) -> Tensor:
     """[N], of W + s B A."""
     import torch
 
-    assert layer.lora_A is not None and layer.lora_B is not None
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
     a, b = layer.lora_A.detach(), layer.lora_B.detach()
-    return torch.addmm(layer.dense_weight().to(a.dtype), b, a, alpha=layer.scale).norm(dim=1)
+    norms: Tensor = torch.addmm(layer.dense_weight().to(a.dtype), b, a, alpha=layer.scale).norm(dim=1)
+    return norms

@@ -14,21 +14,22 @@ from .registry import INIT, WANTS, Method, Site, Wants, register
 if TYPE_CHECKING:
     from torch import Tensor
 
-GAMMA = 16.0  # of LoRA-GA's start: the default of the authors' code, as PEFT has it (unverified in the paper)
+GAMMA = 16.0  # of LoRA-GA's start: PEFT's default; that it is the paper's for every model is unverified
 
 register(
     Method(
         "eva",
         "arXiv 2410.07170",
-        "A starts as the R main directions of the linear's inputs on `calibration` training examples, B = 0; the inputs "
-        "are not centred, the ranks not redistributed (the paper's option). Each link looks again",
+        "A starts as the R main directions of the linear's inputs on `calibration` training examples, B = 0. Ours: "
+        "inputs are not centred, ranks not redistributed, each link looks again",
         {"chain": {"init": "eva"}},
     ),
     Method(
         "lora-ga",
         "arXiv 2407.05000",
         "A and B start as singular directions 1 to R (right) and R+1 to 2R (left) of W's gradient on `calibration` "
-        "training examples; the start leaves the weight, as PiSSA's does. Each link looks again (ours)",
+        "training examples; the start leaves the weight, as PiSSA's does. Gamma is 16, as in PEFT. Ours: each link "
+        "looks again",
         {"chain": {"init": "lora-ga", "scaling": "rslora"}},
     ),
 )

@@ -18,8 +18,8 @@ register(
         "lora-rite",
         "arXiv 2410.20625",
         "an optimizer that preconditions each factor in the other's orthonormal basis: any (B Q, Q⁻¹ A) takes the same "
-        "steps of W. Ours: the second moment is a mean over rows, so that rates are of Adam's order; it and the escaped "
-        "mass decay by beta2, with Adam's bias correction",
+        "steps of W. Ours: the second moment is a mean over rows, so that rates are of Adam's order; it decays by "
+        "beta2, and the escaped mass with it; Adam's bias correction",
         {"train": {"optimizer": "lora-rite", "clip": None}},
     )
 )
@@ -32,7 +32,7 @@ def lora_rite(groups: list[dict[str, Any]], config: TrainConfig, pairs: Sequence
 
     class LoRARITE(torch.optim.Optimizer):
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             options = {parameter: group for group in self.param_groups for parameter in group["params"]}
             for a, b, _ in pairs:
                 wide = a.double().t(), b.double()  # before either has moved
@@ -64,6 +64,7 @@ def _step(state: dict[str, Any], p: Tensor, other: Tensor, transposed: bool, opt
         state["exp_avg"] = torch.zeros_like(p)
         state["second_moment"], state["escaped"] = p.new_zeros(rank, rank), p.new_zeros(())
         state["basis"] = torch.zeros_like(other, dtype=p.dtype)
+    assert p.grad is not None
     gradient, first = ((t.t() if transposed else t).double() for t in (p.grad, state["exp_avg"]))  # [L', R]
     basis, inverse = _polar(other, torch.finfo(p.dtype).eps)
     gradient = gradient @ inverse
@@ -85,7 +86,7 @@ def _step(state: dict[str, Any], p: Tensor, other: Tensor, transposed: bool, opt
     for key, value in (("second_moment", second), ("escaped", escaped), ("basis", basis)):
         state[key].copy_(value)
     state["exp_avg"].copy_(first.t() if transposed else first)
-    move = first @ inverse / (1 - beta1**step)
+    move: Tensor = first @ inverse / (1 - beta1**step)
     return (move.t() if transposed else move).to(p.dtype)
 
 

@@ -43,7 +43,7 @@ class Site:
     previous: Callable[[], Factors | None]  # what the link before ended with here; read from disk when asked for
     index: int = 0  # of the link in its chain
     seen: Any = None  # what the init's `see` made of the training batches
-    original: Tensor | None = None  # [N, K], what an init that `corrects` corrects towards: the weight before quantisation
+    original: Tensor | None = None  # [N, K], for an init that `corrects`: the weight before it was quantised
 
 
 @dataclass(frozen=True)

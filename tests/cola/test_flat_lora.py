@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +41,8 @@ def noise_of(chain: Chain, done: float = 1.0, seed: int = 1) -> Tensor:
 def test_forward_and_backward_are_those_of_the_noisy_weight() -> None:
     chain, x = linear(), torch.randn(2, 5, K, dtype=torch.float64)
     (layer,) = chain.layers.values()
-    assert layer.lora_A is not None and layer.lora_B is not None
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
     inputs, noise = x.clone().requires_grad_(), noise_of(chain)
     with PERTURB["flat-lora"](chain.layers, 1.0, 1, TrainConfig(sigma=SIGMA)):
         y = chain.model(inputs)
@@ -59,7 +59,8 @@ def test_forward_and_backward_are_those_of_the_noisy_weight() -> None:
 def test_its_size_follows_the_merged_rows_and_a_cosine() -> None:
     chain = linear()
     (layer,) = chain.layers.values()
-    assert layer.lora_A is not None and layer.lora_B is not None
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
     with torch.no_grad():
         layer.weight[7] *= 20
     rows = (layer.weight + layer.scale * layer.lora_B @ layer.lora_A).detach().norm(dim=1)

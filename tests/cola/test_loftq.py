@@ -39,7 +39,9 @@ def test_the_first_link_is_the_best_correction_of_its_rank(load: Callable[..., n
         layer, weight = chain.layers[name], original.get_submodule(name).weight.detach()
         lost = weight - layer.dense_weight()
         left = lost - f.scale * f.b @ f.a
-        torch.testing.assert_close(torch.linalg.svdvals(left)[:-R], torch.linalg.svdvals(lost)[R:], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(
+            torch.linalg.svdvals(left)[:-R], torch.linalg.svdvals(lost)[R:], atol=1e-5, rtol=1e-3
+        )
         assert torch.equal(layer.weight, before[f"{name}.weight"])  # the codes are the checkpoint's
     disturb(chain)
     chain.tie()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cola_fast import Chain, UserError, attach, config, load_chain, trainer
 from cola_fast.config import Config, ModelConfig
 from cola_fast.layer import LoRALinear
-from cola_fast.methods import GRADIENT, INIT, METHODS, OPTIMIZER, PERTURB, SLOTS, STATE, Pair, Site, table
+from cola_fast.methods import GRADIENT, INIT, METHODS, PERTURB, SLOTS, STATE, Pair, Site, table
 from cola_fast.models import load_model
 from cola_fast.optimizer import load_state, make_optimizer, set_lr
 from cola_fast.record import load_state as saved_state
@@ -154,9 +154,7 @@ def test_a_replay_gives_the_same_bits(name: str, tmp_path: Path, fresh: Callable
 
 
 @ALL
-def test_gradients_are_finite_and_only_the_link_trains(
-    name: str, ids: Tensor, fresh: Callable[..., nn.Module]
-) -> None:
+def test_gradients_are_finite_and_only_the_link_trains(name: str, ids: Tensor, fresh: Callable[..., nn.Module]) -> None:
     made, model = configured(name), fresh(name)
     chain = chain_of(model, made)
     optimizer = make_optimizer(chain, made.train)
