@@ -21,13 +21,14 @@ from torch import nn
 
 from . import store, world
 from .bases import Base, choose_base
+from .calibration import Batches, look
 from .errors import UserError
 from .grouping import Grouping
 from .identity import base_identity, fingerprint
 from .layer import LoRALinear
 from .link import SealedLink, derive_seed, folder_name, summarise
 from .methods import Pair
-from .opening import OpenLink, Settings, covered, first_factors, starts_of
+from .opening import OpenLink, Settings, covered, first_factors, originals_of, starts_of, wants_of
 from .peft_format import Factors
 from .record import CHAIN_FILE, FORMAT, load_state, read_record, state_files
 from .targets import assign_ranks, select_modules, short_targets
@@ -55,6 +56,8 @@ def attach(
     frozen: str | None = None,
     share: float = 1.0,
     carry: float = 0.0,
+    batches: Batches | None = None,
+    original: nn.Module | None = None,
 ) -> Chain:
     """Freeze `model` and open link 0 on the targeted linears. The model's function does not change.
 
@@ -66,11 +69,14 @@ def attach(
         seed: of the links' initial values and of stochastic rounding.
         rank_pattern: module name or pattern -> rank, over `r`.
         first_rank: rank of link 0 if it is not `r`, as in a step-down.
-        init, scaling: names from `cola_fast.methods`: how a link starts (kaiming, pissa, olora, carry), and its scale
-            (lora: alpha / R, rslora: alpha / sqrt(R), constant: alpha / r).
+        init, scaling: names from `cola_fast.methods`: how a link starts (kaiming, pissa, olora, carry, eva, lora-ga,
+            loftq), and its scale (lora: alpha / R, rslora: alpha / sqrt(R), constant: alpha / r).
         frozen: "a" or "b", the factor that is not trained.
         share: of the blocks, drawn anew for each link, that it covers.
         carry: with init="carry", the share of a link that the next one starts from.
+        batches: with init="eva" or "lora-ga", a few training batches to look at, for this link and later ones: what
+            the model's forward takes, with labels for lora-ga (`input_ids` and `labels` [B, T], `attention_mask`).
+        original: with init="loftq", the 16-bit model that a 4-bit `model` was quantised from. It is not kept.
 
     Raises:
         UserError (a ValueError): see `cola_fast.targets` and `cola_fast.layer`. The model is then as it was.
@@ -82,7 +88,11 @@ def attach(
     kind = choose_base(base, rounding, modules.values())
     assign_ranks({n: (m.out_features, m.in_features) for n, m in modules.items()}, first_rank or r, rank_pattern)
     chain = Chain(model, modules, kind, settings, base_identity(model))
-    chain.extend(first_rank)
+    try:
+        chain.extend(first_rank, batches=batches, original=original)
+    except BaseException:
+        chain.detach(discard=True)
+        raise
     return chain
 
 
@@ -102,6 +112,7 @@ class Chain:
         self.open_link: OpenLink | None = None
         self.folder: Path | None = None
         self._recorded: dict[str, Any] | None = None  # chain.json as last written
+        self.batches: list[Any] = []  # what an init that starts from data looks at
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self.grouping = Grouping()
         self.layers = _wrap_all(modules, self.grouping)
@@ -110,10 +121,17 @@ class Chain:
 
     # --- the open link ------------------------------------------------------------------------------------------------
 
-    def extend(self, r: int | None = None, *, rank_pattern: Mapping[str, int] | None = None) -> OpenLink:
+    def extend(
+        self,
+        r: int | None = None,
+        *,
+        rank_pattern: Mapping[str, int] | None = None,
+        batches: Batches | None = None,
+        original: nn.Module | None = None,
+    ) -> OpenLink:
         """Open the next link, of rank `r` (the chain's own when None; `rank_pattern` entries keep theirs).
 
-        rank_pattern: replaces the chain's, from this link on.
+        rank_pattern, batches: replace the chain's, from this link on; original: see `attach`.
         """
         if self.open_link is not None:
             raise UserError("The last link is still open: call tie() before extend().")
@@ -121,16 +139,27 @@ class Chain:
         if rank_pattern is not None:
             assign_ranks(self._shapes(), r or self.settings.r, rank_pattern)
             self.settings = replace(self.settings, rank_pattern=dict(rank_pattern))
-        ranks, index = self.ranks(r), len(self.links)
+        if batches is not None:
+            self.batches = list(batches)
+        ranks, index, wants = self.ranks(r), len(self.links), wants_of(self.settings)
 
         @cache
         def before() -> dict[str, Factors]:
             return {name: trained for name, (_, trained) in self.links[-1].steps().items()} if self.links else {}
 
-        names = covered(list(self.layers), self.settings, index)
-        factors = {n: first_factors(self.settings, index, n, self.layers[n], ranks[n], before) for n in names}
-        factors = world.lead(lambda: factors)
-        return self.open_with(factors, starts_of(factors))
+        layers = {name: self.layers[name] for name in covered(list(self.layers), self.settings, index)}
+        originals = originals_of(self.settings.init, layers, original) if wants.corrects and index == 0 else {}
+        seen: dict[str, Any] = {}
+        if wants.see is not None:
+            if not self.batches:
+                raise UserError(
+                    f"init {self.settings.init} starts from training data: give attach or extend a few `batches`."
+                )
+            seed = derive_seed(self.settings.seed, "look", index)
+            seen = look(self.model, layers, ranks, self.batches, wants, seed)
+        first = first_factors(self.settings, index, layers, ranks, before, seen, originals)
+        factors = world.lead(lambda: first)
+        return self.open_with(factors, starts_of(self.settings, factors))
 
     def ranks(self, r: int | None = None) -> dict[str, int]:
         """Module -> the rank `extend(r)` would give it. Raises UserError for a rank that a module cannot have."""
@@ -248,7 +277,7 @@ class Chain:
         )
         if trained and not discard:
             raise UserError(
-                "The open link has been trained and would be lost: call tie() first, or detach(discard=True)."
+                "The open link changes the model, which would be lost: call tie() first, or detach(discard=True)."
             )
         if any(layer.ledger_A is not None for layer in self.layers.values()) and not discard:
             raise UserError(

@@ -71,8 +71,9 @@ class ChainConfig:
     ranks: str = "uniform"  # uniform or gelora
     rank_pattern: dict[str, int] | None = None  # module name or pattern -> rank
     gelora: GeLoRAConfig = field(default_factory=GeLoRAConfig)
-    init: str = "kaiming"  # how a link starts: kaiming, pissa, olora or carry
+    init: str = "kaiming"  # how a link starts: kaiming, pissa, olora, carry, eva, lora-ga or loftq
     carry: float = 0.0  # init: carry: the share of a link that the next one starts from
+    calibration: int = 32  # init: eva or lora-ga: training examples that each link's start looks at
     frozen: Literal["a", "b"] | None = None  # the factor that is not trained
     share: float = 1.0  # of the blocks, drawn anew for each link, that it covers
     base: Literal["auto", "dense", "nf4", "ledger"] = "auto"  # where tied links live: in the weights, or beside them
@@ -103,8 +104,10 @@ class TrainConfig:
     accumulation: int = 1  # forward passes per optimizer step; several processes share them
     packing: bool = False  # concatenate sequences into rows of max_length, attention kept block-diagonal
     group_by_length: bool = True
-    optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw, paged-adamw-8bit
+    optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw(-8bit), lora-rite
     gradient: str | None = None  # change A's and B's gradients: lora-pro
+    perturb: str | None = None  # take the loss at noisy weights: flat-lora
+    sigma: float = 0.05  # perturb: the noise's norm over the weight's, row by row, at the end of the run
     lr_ratio: float = 1.0  # learning rate of B over that of A
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -207,6 +210,7 @@ def validate(config: Config) -> None:
         "schedule.rewarm returns to the global learning-rate curve: set schedule.lr_span to global, or use warmup.",
     )
     _require(t.lr_ratio > 0, f"train.lr_ratio is {t.lr_ratio}, but it must be positive.")
+    _require(t.sigma >= 0, f"train.sigma is {t.sigma}, but it must not be negative.")
     _require(
         t.gradient is None or c.frozen is None,
         f"train.gradient is {t.gradient}, which needs both factors trained: set chain.frozen to null.",
@@ -244,7 +248,8 @@ def validate(config: Config) -> None:
     _require(s.lr > 0, f"schedule.lr is {s.lr}, but it must be positive.")
     for where, count in (("warmup", s.warmup), ("rewarm", s.rewarm)):
         _require(count >= 0, f"schedule.{where} is {count}, but it must not be negative.")
-    _require(c.gelora.examples >= 1, f"chain.gelora.examples is {c.gelora.examples}, but it must be at least 1.")
+    for where, count in (("gelora.examples", c.gelora.examples), ("calibration", c.calibration)):
+        _require(count >= 1, f"chain.{where} is {count}, but it must be at least 1.")
     for key in ("batch_size", "accumulation", "save_every", "log_every", "eval_batch_size"):
         _require(getattr(t, key) >= 1, f"train.{key} is {getattr(t, key)}, but it must be at least 1.")
     for where, key, value in (

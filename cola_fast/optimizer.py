@@ -20,7 +20,7 @@ def make_optimizer(chain: Chain, config: TrainConfig) -> torch.optim.Optimizer:
             by_factor[name.rsplit(".", 1)[-1]].append(parameter)
         scales = {"lora_A": 1.0, "lora_B": config.lr_ratio}
         groups = [{"params": found, "lr_scale": scales[key]} for key, found in by_factor.items() if found]
-    return OPTIMIZER.choose(config.optimizer)(groups, config)
+    return OPTIMIZER.choose(config.optimizer)(groups, config, chain.pairs())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

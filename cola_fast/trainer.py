@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ from tqdm import tqdm
 from . import metrics, plot, world
 from .batches import Feed, batch_loss, check_packing, check_padding, wants_flat
 from .best import save_best
+from .calibration import Sample, draw
 from .chain import Chain, attach, load_chain
 from .config import Config
 from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
 from .link import derive_seed
-from .methods import GRADIENT, RANKS, STATE
+from .methods import GRADIENT, PERTURB, RANKS, STATE, WANTS, Wants
 from .models import (
     checkpoint_activations,
     context_length,
@@ -112,6 +114,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                     model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
                     seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
                     scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry,
+                    batches=_looked_at(config, data, 0), original=_original(config),
                 )  # fmt: skip
             for span in schedule.spans:
                 chain.ranks(span.rank)
@@ -157,6 +160,21 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
     feed = Feed(data.train, t, max_length=data.max_length, flat=flat)
     steps_per_epoch = math.ceil(len(feed) / t.accumulation)
     return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), feed
+
+
+def _looked_at(config: Config, data: Data, link: int) -> list[Sample] | None:
+    """What the init looks at before a link: training examples drawn by a seed of their own, not from the feed."""
+    c, t = config.chain, config.train
+    if WANTS.get(c.init, Wants()).see is None:
+        return None
+    return draw(data.train, c.calibration, t.batch_size, derive_seed(t.seed, "calibration", link))
+
+
+def _original(config: Config) -> nn.Module | None:
+    """The model before it was quantised, if the init wants it; on the CPU."""
+    if not (WANTS.get(config.chain.init, Wants()).corrects and config.model.load_in_4bit):
+        return None
+    return load_model(replace(config.model, load_in_4bit=False, device="cpu"))
 
 
 class _Loop:
@@ -226,8 +244,10 @@ class _Loop:
         """Make sure the link is open and has its optimizer; save, so that a run always has a state to resume from."""
         fresh = self.chain.open_link is None
         if fresh:
-            pattern = _ranks(self.config, self.model, self.data, self.at.link)
-            self.chain.extend(self.schedule.spans[self.at.link].rank, rank_pattern=pattern)
+            link = self.at.link
+            pattern = _ranks(self.config, self.model, self.data, link)
+            batches = _looked_at(self.config, self.data, link)
+            self.chain.extend(self.schedule.spans[link].rank, rank_pattern=pattern, batches=batches)
         self.optimizer = make_optimizer(self.chain, self.config.train)
         load_optimizer_state(self.optimizer, self.optimizer_state)
         self.optimizer_state = {}
@@ -240,14 +260,15 @@ class _Loop:
         batches = [next(self.feed) for _ in range(t.accumulation)]
         labelled = sum(batch.labelled for batch in batches)  # the mean is over the step's tokens, not over its batches
         loss = torch.zeros((), device=self.device)
-        for number in range(world.rank(), t.accumulation, world.size()):
-            # who computes a batch makes no difference to its dropout: not by the seed, nor by which layers run as one
-            torch.manual_seed(derive_seed(t.seed, "dropout", at.step * t.accumulation + number))
-            self.chain.grouping.held = number >= world.size()
-            batch = batches[number].to(self.device)
-            part = batch_loss(needed_logits(self.model, batch), batch)[0] / labelled
-            part.backward()
-            loss += part.detach()
+        with self._perturbed():
+            for number in range(world.rank(), t.accumulation, world.size()):
+                # who computes a batch makes no difference to its dropout: neither its seed nor which layers run as one
+                torch.manual_seed(derive_seed(t.seed, "dropout", at.step * t.accumulation + number))
+                self.chain.grouping.held = number >= world.size()
+                batch = batches[number].to(self.device)
+                part = batch_loss(needed_logits(self.model, batch), batch)[0] / labelled
+                part.backward()
+                loss += part.detach()
         self._share_gradients(loss)
         if self.change_gradients is not None:
             self.change_gradients(self.chain.pairs())
@@ -286,6 +307,13 @@ class _Loop:
             if p.grad is None:  # a module that this rank's batches did not come by
                 p.grad = torch.zeros_like(p)
         world.sum_([*(p.grad for p in self.chain.parameters() if p.grad is not None), loss])
+
+    def _perturbed(self) -> AbstractContextManager[None]:
+        t, at = self.config.train, self.at
+        if t.perturb is None:
+            return nullcontext()
+        seed = derive_seed(t.seed, "perturb", at.step)
+        return PERTURB.choose(t.perturb)(self.chain.layers, at.step / self.schedule.total, seed, t)
 
     def _knot(self) -> None:
         at = self.at
