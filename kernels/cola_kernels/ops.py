@@ -8,6 +8,7 @@ that they can be recomputed under activation checkpointing and captured in a CUD
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,13 +170,9 @@ def lora_linear_group(
         return reference.lora_linear_group(
             x, weights, lora_as, lora_bs, scales, biases, dropout=dropout, seed=seed, es=es, cs=cs
         )
-    function = _TRITON
-
-    def ungated(*members: Any) -> tuple[Tensor, ...]:
-        if dropout == 0 and small.is_small(x, weights):
-            return small.lora_linear_group(*members)
-        return autograd.apply(function, *members, dropout=dropout, seed=seed)
-
+    ungated: Callable[..., tuple[Tensor, ...]] = small.lora_linear_group
+    if dropout != 0 or not small.is_small(x, weights):
+        ungated = partial(autograd.apply, _TRITON, dropout=dropout, seed=seed)
     if es is None and cs is None:
         return ungated(x, weights, lora_as, lora_bs, scales, biases)
     return gates.apply(ungated, _TRITON_GATE, x, weights, lora_as, lora_bs, scales, biases, es, cs)

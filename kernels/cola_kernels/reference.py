@@ -12,7 +12,8 @@ Any float dtype works, float64 included, which is how the other implementations 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,10 +100,7 @@ def lora_linear_group(
     Raises:
         ValueError: as `lora_linear`; lists of different lengths, or lora_as of different dtypes.
     """
-
-    def ungated(*members: Any) -> tuple[Tensor, ...]:
-        return autograd.apply(FUNCTION, *members, dropout=dropout, seed=seed)
-
+    ungated = partial(autograd.apply, FUNCTION, dropout=dropout, seed=seed)
     if es is None and cs is None:
         return ungated(x, weights, lora_as, lora_bs, scales, biases)
     return gates.apply(ungated, GATE, x, weights, lora_as, lora_bs, scales, biases, es, cs)
