@@ -17,7 +17,7 @@ import torch
 from .errors import UserError
 from .layer import LoRALinear, factor_dtype
 from .link import derive_seed
-from .methods import INIT, SCALING, Site
+from .methods import GATE, INIT, SCALING, Gates, Site
 from .peft_format import Factors
 from .targets import block_of
 
@@ -36,11 +36,14 @@ class Settings:
     frozen: str | None = None
     share: float = 1.0
     carry: float = 0.0
+    gate: str | None = None
 
     def validate(self) -> None:
         """Raises UserError for a value that no link can have."""
         INIT.choose(self.init)
         SCALING.choose(self.scaling)
+        if self.gate is not None:
+            GATE.choose(self.gate)
         rules = (
             (0 <= self.dropout < 1, f"dropout is {self.dropout}, but it must be at least 0 and less than 1."),
             (self.alpha > 0, f"alpha is {self.alpha}, but it must be positive."),
@@ -82,7 +85,8 @@ def first_factors(
         previous=lambda: before().get(name),
     )
     a, b = INIT.choose(settings.init)(site)
-    return Factors(a.cpu().contiguous(), b.cpu().contiguous(), alpha)
+    gates = Gates() if settings.gate is None else GATE.choose(settings.gate)(site)
+    return Factors(a.cpu().contiguous(), b.cpu().contiguous(), alpha, *gates)
 
 
 def covered(names: Sequence[str], settings: Settings, index: int) -> list[str]:
@@ -98,5 +102,10 @@ def covered(names: Sequence[str], settings: Settings, index: int) -> list[str]:
 
 def starts_of(factors: Mapping[str, Factors]) -> dict[str, Factors]:
     """All of them if any has B A ≠ 0, so that a link is of one kind throughout; else none."""
-    moved = any(bool(f.a.any()) and bool(f.b.any()) for f in factors.values())
-    return dict(factors) if moved else {}
+    starts = {name: f.folded()._replace(magnitude=None) for name, f in factors.items()}
+    return starts if any(map(moves, starts.values())) else {}
+
+
+def moves(factors: Factors) -> bool:
+    """Whether A and B change the weight's rows by anything but a factor."""
+    return bool(factors.a.any()) and bool(factors.folded().b.any())

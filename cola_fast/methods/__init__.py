@@ -8,6 +8,8 @@ import importlib
 import pkgutil
 
 from .registry import (
+    AFTER_STEP,
+    GATE,
     GRADIENT,
     INIT,
     METHODS,
@@ -16,9 +18,11 @@ from .registry import (
     SCALING,
     SLOTS,
     STATE,
+    Gates,
     Method,
     Pair,
     Site,
+    Step,
     preset,
     register,
     table,
@@ -28,6 +32,8 @@ for _found in sorted(module.name for module in pkgutil.iter_modules(__path__)):
     importlib.import_module(f".{_found}", __name__)
 
 __all__ = [
+    "AFTER_STEP",
+    "GATE",
     "GRADIENT",
     "INIT",
     "METHODS",
@@ -36,9 +42,11 @@ __all__ = [
     "SCALING",
     "SLOTS",
     "STATE",
+    "Gates",
     "Method",
     "Pair",
     "Site",
+    "Step",
     "preset",
     "register",
     "table",

@@ -41,12 +41,29 @@ class Site:
     previous: Callable[[], Factors | None]  # what the link before ended with here; read from disk when asked for
 
 
+class Gates(NamedTuple):
+    """What a link trains at one module beside A and B."""
+
+    e: Tensor | None = None  # [R], on the inner product
+    magnitude: Tensor | None = None  # [N], what the weight's rows are scaled to
+
+
 class Pair(NamedTuple):
-    """The trained factors of one module: the update is `scale · b @ a`, a [R, K], b [N, R]."""
+    """The trained factors of one module: the update is `scale · b diag(e) a`, a [R, K], b [N, R], e [R]."""
 
     a: nn.Parameter
     b: nn.Parameter
     scale: float
+    e: nn.Parameter | None = None
+
+
+class Step(NamedTuple):
+    """A step that the optimizer has just taken. Gradients are still there."""
+
+    lr: float
+    done: float  # share of the link's steps, this one included
+    config: TrainConfig
+    state: dict[Any, dict[str, Any]]  # the optimizer's, by parameter: what is added is saved, and reset, with the rest
 
 
 class Slot(dict[str, F], Generic[F]):
@@ -72,6 +89,8 @@ class Slot(dict[str, F], Generic[F]):
 # A link's first A [R, K] and B [N, R], in `site.dtype` on any device. Where B A is not zero, the chain takes
 # scale · B A out of the weight, so that the model's function stays as it was.
 INIT: Slot[Callable[[Site], tuple[Tensor, Tensor]]] = Slot("chain.init")
+# The first gates of a link, in `site.dtype`: with e, `scale · B diag(e) A` is what leaves the weight.
+GATE: Slot[Callable[[Site], Gates]] = Slot("chain.gate")
 # (alpha, R, r) -> the alpha a module of rank R gets where the chain's are alpha and r: its scale is that alpha over R.
 SCALING: Slot[Callable[[float, int, int], float]] = Slot("chain.scaling")
 # (model without an open link, training examples, configuration, index of the link about to be opened)
@@ -80,12 +99,14 @@ RANKS: Slot[Callable[[nn.Module, Sequence[Example], ChainConfig, int], dict[str,
 # (parameter groups, configuration) -> optimizer.
 OPTIMIZER: Slot[Callable[[list[dict[str, Any]], TrainConfig], torch.optim.Optimizer]] = Slot("train.optimizer")
 # Changes the gradients in place, after the backward pass and before clipping.
-GRADIENT: Slot[Callable[[Sequence[Pair]], None]] = Slot("train.gradient")
+GRADIENT: Slot[Callable[[Sequence[Pair], TrainConfig], None]] = Slot("train.gradient")
+# Changes the parameters in place, after the optimizer's step.
+AFTER_STEP: Slot[Callable[[Sequence[Pair], Step], None]] = Slot("train.after_step")
 # (the optimizer's state by parameter index, `schedule.prune`, seed) -> what the next link's optimizer starts from.
 STATE: Slot[Callable[[dict[int, dict[str, Any]], float, int], dict[int, dict[str, Any]]]] = Slot(
     "schedule.optimizer_state"
 )
-SLOTS: tuple[Slot[Any], ...] = (INIT, SCALING, RANKS, OPTIMIZER, GRADIENT, STATE)
+SLOTS: tuple[Slot[Any], ...] = (INIT, GATE, SCALING, RANKS, OPTIMIZER, GRADIENT, AFTER_STEP, STATE)
 
 METHODS: dict[str, Method] = {}
 
