@@ -91,7 +91,9 @@ def _importance(parameter: nn.Parameter, step: Step) -> Tensor:
     authors' code."""
     import torch
 
-    state = step.state.get(parameter, {})  # the optimizer has none before the first gradient
+    if parameter.grad is None and parameter not in step.state:  # Adam begins its own state where there is none
+        return torch.zeros_like(parameter)
+    state = step.state[parameter]
     for key in ("sensitivity", "uncertainty"):
         state.setdefault(key, torch.zeros_like(parameter))
     mean, spread = state["sensitivity"], state["uncertainty"]
