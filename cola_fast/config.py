@@ -107,7 +107,7 @@ class TrainConfig:
     optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw, paged-adamw-8bit
     gradient: str | None = None  # change A's and B's gradients: lora-pro or orthogonal
     after_step: str | None = None  # change the gates after the optimizer's step: adalora or sora
-    penalty: float = 0.0  # weight of what these two add to the loss
+    penalty: float = 0.0  # weight of a method's own term in the loss: gradient orthogonal, after_step sora
     budget: float = 1.0  # after_step: adalora: the share of a link's directions that is left at its end
     lr_ratio: float = 1.0  # learning rate of B over that of A
     weight_decay: float = 0.0

@@ -50,7 +50,7 @@ def adalora_gate(site: Site) -> Gates:
 
 @GRADIENT.fill("orthogonal")
 def orthogonal(pairs: Sequence[Pair], config: TrainConfig) -> None:
-    """That of `penalty · (‖PᵀP - I‖² + ‖QQᵀ - I‖²)` (eq. 4), P being B and Q being A, on top of the loss's."""
+    """That of `penalty · (‖PᵀP - I‖² + ‖QQᵀ - I‖²)` (section 3.1) on top of the loss's, P being B and Q being A."""
     import torch
 
     with torch.no_grad():
@@ -63,32 +63,30 @@ def orthogonal(pairs: Sequence[Pair], config: TrainConfig) -> None:
 
 @AFTER_STEP.fill("adalora")
 def adalora(pairs: Sequence[Pair], step: Step) -> None:
-    """Algorithm 1: measure the importance of each triplet, and close those beyond the budget."""
+    """Measure the importance of each triplet (a column of P, its value, a row of Q), and close what is over budget."""
     import torch
 
+    es = [pair.require_e("train.after_step: adalora") for pair in pairs]
     scores = []
     with torch.no_grad():
-        for a, b, _, e in pairs:
-            assert e is not None
+        for (a, b, *_), e in zip(pairs, es, strict=True):
             columns, rows = _importance(b, step).mean(0), _importance(a, step).mean(1)
-            scores.append(_importance(e, step) + columns + rows)  # eq. 7
+            scores.append(_importance(e, step) + columns + rows)
         flat = torch.cat(scores)
         kept = torch.zeros_like(flat, dtype=torch.bool)
         kept[flat.topk(round(share_left(step.done, step.config.budget) * len(flat))).indices] = True
-        for pair, open_ in zip(pairs, kept.split([len(score) for score in scores]), strict=True):
-            assert pair.e is not None
-            pair.e.mul_(open_)
+        for e, open_ in zip(es, kept.split([len(e) for e in es]), strict=True):
+            e.mul_(open_)
 
 
 def share_left(done: float, budget: float) -> float:
-    """The cubic schedule (eq. 12) from 1 to `budget`."""
+    """The paper's cubic schedule, from 1 to `budget`."""
     left = min(1.0, max(0.0, (SETTLED - done) / (SETTLED - WARM)))
     return budget + (1 - budget) * left**3
 
 
 def _importance(parameter: nn.Parameter, step: Step) -> Tensor:
-    """Smoothed sensitivity |w ∂L/∂w| times its smoothed deviation (eq. 8 to 11), of w after the step as in the
-    authors' code."""
+    """Smoothed sensitivity |w ∂L/∂w| times its smoothed deviation (section 3.2), of w after the step as in PEFT."""
     import torch
 
     if parameter.grad is None and parameter not in step.state:  # Adam begins its own state where there is none

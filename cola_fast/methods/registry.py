@@ -56,6 +56,12 @@ class Pair(NamedTuple):
     scale: float
     e: nn.Parameter | None = None
 
+    def require_e(self, key: str) -> nn.Parameter:
+        """Raises UserError if the link has none. key: the configuration key that asks for it."""
+        if self.e is None:
+            raise UserError(f"{key} needs gates on the rank: set chain.gate to one that has them, such as sora.")
+        return self.e
+
 
 class Step(NamedTuple):
     """A step that the optimizer has just taken. Gradients are still there."""

@@ -27,11 +27,11 @@ def sora_gate(site: Site) -> Gates:
 
 @AFTER_STEP.fill("sora")
 def sora(pairs: Sequence[Pair], step: Step) -> None:
-    """The proximal step of `penalty · ‖e‖₁` (eq. 7 to 9): e moves towards 0 by lr · penalty and stays there."""
+    """The proximal step of `penalty · ‖e‖₁`: e moves towards 0 by lr · penalty, and stays there."""
     import torch
 
     threshold = step.lr * step.config.penalty
     with torch.no_grad():
         for pair in pairs:
-            if pair.e is not None:
-                pair.e.copy_(torch.nn.functional.softshrink(pair.e, threshold))
+            e = pair.require_e("train.after_step: sora")
+            e.copy_(torch.nn.functional.softshrink(e, threshold))

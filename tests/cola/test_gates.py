@@ -415,6 +415,13 @@ def test_what_is_refused(overrides: list[str], sentence: str) -> None:
         config.from_dict(raw, overrides)
 
 
+@pytest.mark.parametrize("name", ["adalora", "sora"])
+def test_what_works_on_e_refuses_dora(name: str, model: nn.Module) -> None:
+    chain = attach(model, gate="dora")
+    with pytest.raises(UserError, match=rf"train.after_step: {name} needs gates on the rank"):
+        AFTER_STEP[name](chain.pairs(), Step(0.1, 0.5, configured(name).train, {}))
+
+
 def test_lora_pro_refuses_gates_on_the_rank() -> None:
     with pytest.raises(UserError, match="knows no gates on the rank"):
         GRADIENT["lora-pro"]([pair(2)], configured("lora-pro").train)
