@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_fast import Chain, UserError, attach, config, load_chain, trainer
+from cola_fast.best import load_best, save_best
 from cola_fast.gates import output_gate, row_squares
 from cola_fast.methods import AFTER_STEP, GRADIENT, Pair, Step
 from cola_fast.methods.adalora import share_left
@@ -383,6 +384,17 @@ def test_under_autocast_the_norm_is_not_computed_in_16_bits(model: nn.Module) ->
         expected = operands.c()
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(operands.c(), expected)
+
+
+@GATED
+def test_the_best_link_is_what_it_was(name: str, model: nn.Module, ids: Tensor, tmp_path: Path) -> None:
+    chain = chain_of(model, configured(name))
+    chain.save(tmp_path)
+    pretend_to_train(chain, 0)
+    live = logits(model, ids)
+    save_best(chain, tmp_path, step=1, loss=0.5)
+    again = load_best(tiny_llama(), tmp_path)
+    assert relative(logits(again.model, ids), live) < 1e-6
 
 
 def test_an_adapter_is_imported_before_a_link_with_gates_is_trained(model: nn.Module, tmp_path: Path) -> None:

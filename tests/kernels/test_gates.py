@@ -140,15 +140,14 @@ def test_c_is_not_rounded_to_the_dtype_of_x():
     assert not torch.equal(one, more)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_without_gates_nothing_is_different(backend, request):
-    if backend == "triton":
-        request.getfixturevalue("on_triton")
+@pytest.mark.parametrize("library", [reference, cola_kernels], ids=["reference", "triton"])
+@pytest.mark.usefixtures("on_triton")
+def test_without_gates_nothing_is_different(library):
     p = make_problem(20, 40, 24, 4, torch.float32, bias=True)
     x, a, b, bias = leaves(p)
     arguments = [[value] for value in (p.weight, a, b, p.scale, bias)]
-    plain = cola_kernels.lora_linear_group(x, *arguments)[0]
-    absent = cola_kernels.lora_linear_group(x, *arguments, es=[None], cs=[None])[0]
+    plain = library.lora_linear_group(x, *arguments)[0]
+    absent = library.lora_linear_group(x, *arguments, es=[None], cs=[None])[0]
     assert type(plain.grad_fn).__name__ == type(absent.grad_fn).__name__ == "LoRALinearBackward"
     assert torch.equal(plain, absent)
 
@@ -190,13 +189,12 @@ def test_a_group_mixes_members_with_and_without():
     assert error(x.grad, sum(member["dx"] for member in expected)) < 1e-12
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_compiles_without_a_graph_break(backend, request):
-    if backend == "triton":
-        request.getfixturevalue("on_triton")
+@pytest.mark.parametrize("library", [reference, cola_kernels], ids=["reference", "triton"])
+@pytest.mark.usefixtures("on_triton")
+def test_compiles_without_a_graph_break(library):
     gated = make(((2, 9), 32, 24, 4), torch.float32, "ec", bias=True, dropout=0.3)
-    compiled = torch.compile(cola_kernels.lora_linear, backend="aot_eager", fullgraph=True)
-    expected = ours(cola_kernels.lora_linear, gated)
+    compiled = torch.compile(library.lora_linear, backend="aot_eager", fullgraph=True)
+    expected = ours(library.lora_linear, gated)
     for name, value in ours(compiled, gated).items():
         assert error(value, expected[name]) < 1e-6, name
 
