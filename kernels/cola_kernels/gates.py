@@ -16,8 +16,8 @@ backward of a frozen layer. To find it from Y = c ⊙ Y0 + bias, which whoever r
 c is near 0, cancels where the bias is large, and forbids changing Y in place.
 
 c is used in fp32 whatever x's dtype: next to 1, where it starts in DoRA, bf16 knows only steps of 0.4 % and 0.8 %. But
-Y0 has been rounded by then, so that in bf16 a c within 0.2 % of 1 still gives Y0 back. Only a GEMM that applies c to its
-fp32 accumulator would show it.
+Y0 has been rounded by then, so that in bf16 a c within 0.2 % of 1 still gives Y0 back. Only a GEMM that applies c to
+its fp32 accumulator would show it.
 """
 
 from __future__ import annotations
