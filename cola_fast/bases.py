@@ -10,14 +10,15 @@ ledger   beside weights that never change, as frozen factors in the same fused o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cola_kernels import FoldReport, merge_, nf4_merge_
 
 from .errors import UserError
+from .gates import output_gate, row_squares
 from .layer import LoRALinear, is_nf4
 from .peft_format import Factors
 from .sharding import over_all, own_rows
@@ -35,7 +36,8 @@ class Base(Protocol):
 
 
 class DenseBase:
-    """fp32, bf16 or fp16 weights, changed in place: `W += scale · B A`, fp32 arithmetic, rounded once."""
+    """fp32, bf16 or fp16 weights, changed in place: `W += scale · B A`, fp32 arithmetic, rounded once. With a magnitude
+    rows are then scaled, before that rounding."""
 
     kind = "dense"
 
@@ -44,11 +46,9 @@ class DenseBase:
 
     def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
         rows = own_rows(layer.weight)
-        a, b = (f.to(rows.weight.device) for f in (factors.a, factors.b[rows.first :][: len(rows.weight)]))
-        found = merge_(
-            rows.weight, a, b, factors.scale, rounding=self.rounding, seed=seed, first_row=rows.first, report=report
-        )
-        return over_all(found, rows, factors) if found is not None and rows.mesh is not None else found
+        update = factors.folded().rows(rows.first, len(rows.weight))
+        found = merge(rows.weight, update, rounding=self.rounding, seed=seed, first_row=rows.first, report=report)
+        return over_all(found, rows, factors.folded()) if found is not None and rows.mesh is not None else found
 
 
 class NF4Base(DenseBase):
@@ -76,6 +76,17 @@ class LedgerBase:
             a, b = torch.cat((layer.ledger_A, a)), torch.cat((layer.ledger_B, b), dim=1)
         layer.ledger_A, layer.ledger_B = a, b
         return FoldReport(retained=1.0, error=0.0) if report else None
+
+
+def merge(weight: Tensor, factors: Factors, **options: Any) -> FoldReport | None:
+    """`merge_` of a whole update, its gates included, into a dense weight."""
+    update = factors.folded()
+    a, b = update.a.to(weight.device), update.b.to(weight.device)
+    c = None
+    if update.magnitude is not None:
+        magnitude = update.magnitude.to(weight.device)
+        c = output_gate(magnitude, row_squares(weight), weight, a, b, update.scale)
+    return merge_(weight, a, b, update.scale, c=c, **options)
 
 
 def choose_base(kind: str, rounding: str, modules: Iterable[nn.Linear]) -> Base:

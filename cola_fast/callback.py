@@ -24,6 +24,7 @@ from .chain import Chain
 from .checkpoint import drop_open_link, restore, save_copy
 from .config import ScheduleConfig, from_dict
 from .errors import UserError
+from .layer import PARTS
 from .methods import METHODS
 from .schedule import Schedule, Span, plan
 
@@ -179,7 +180,7 @@ class ChainCallback(TrainerCallback):
 
     def _samples(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Some values of every weight and factor of the chain, enough to tell one chain from another."""
-        names = {f"{layer}.{part}" for layer in self.chain.layers for part in ("weight", "lora_A", "lora_B")}
+        names = {f"{layer}.{part}" for layer in self.chain.layers for part in ("weight", *PARTS)}
         flat = {name: tensors[name].detach().flatten() for name in names if name in tensors}
         return {name: values[:: max(1, len(values) // SAMPLES)].cpu() for name, values in flat.items()}
 

@@ -25,10 +25,10 @@ from .calibration import Batches, look
 from .errors import UserError
 from .grouping import Grouping
 from .identity import base_identity, fingerprint
-from .layer import LoRALinear
+from .layer import PARTS, LoRALinear
 from .link import SealedLink, derive_seed, folder_name, summarise
 from .methods import Pair
-from .opening import OpenLink, Settings, covered, first_factors, originals_of, starts_of, wants_of
+from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of, wants_of
 from .peft_format import Factors
 from .record import CHAIN_FILE, FORMAT, load_state, read_record, state_files
 from .targets import assign_ranks, select_modules, short_targets
@@ -56,6 +56,7 @@ def attach(
     frozen: str | None = None,
     share: float = 1.0,
     carry: float = 0.0,
+    gate: str | None = None,
     batches: Batches | None = None,
     original: nn.Module | None = None,
 ) -> Chain:
@@ -74,6 +75,7 @@ def attach(
         frozen: "a" or "b", the factor that is not trained.
         share: of the blocks, drawn anew for each link, that it covers.
         carry: with init="carry", the share of a link that the next one starts from.
+        gate: what a link trains beside A and B: adalora, sora (gates on the rank), dora (one on the output) or None.
         batches: with init="eva" or "lora-ga", a few training batches to look at, for this link and later ones: what
             the model's forward takes, with labels for lora-ga (`input_ids` and `labels` [B, T], `attention_mask`).
         original: with init="loftq", the 16-bit model that a 4-bit `model` was quantised from. It is not kept.
@@ -83,7 +85,7 @@ def attach(
     """
     modules = select_modules(model, targets)
     pattern = dict(rank_pattern) if rank_pattern else None
-    settings = Settings(r, float(alpha), dropout, seed, pattern, init, scaling, frozen, share, carry)
+    settings = Settings(r, float(alpha), dropout, seed, pattern, init, scaling, frozen, share, carry, gate)
     settings.validate()
     kind = choose_base(base, rounding, modules.values())
     assign_ranks({n: (m.out_features, m.in_features) for n, m in modules.items()}, first_rank or r, rank_pattern)
@@ -171,13 +173,18 @@ class Chain:
         starts: what the link started from, to be taken out of the weights (`cola_fast.opening`).
         """
         index = len(self.links)
+        if self.base.kind != "dense" and any(f.magnitude is not None for f in factors.values()):
+            raise UserError(
+                f"The link scales whole rows of the weight (DoRA), which only a dense weight can take, but base is "
+                f"{self.base.kind}: load the model in 16 bits with base dense, or choose another method."
+            )
         # copies: the factors themselves become the parameters that are trained
         starts = {name: Factors(f.a.clone(), f.b.clone(), f.alpha) for name, f in (starts or {}).items()}
         for name, start in starts.items():
             self._take_out(index, name, start.negated())
         for name, f in factors.items():
             layer = self.layers[name]
-            layer.open(f.a, f.b, scale=f.scale, dropout=self.settings.dropout)
+            layer.open(f.a, f.b, scale=f.scale, dropout=self.settings.dropout, e=f.e, magnitude=f.magnitude)
             for letter, factor in (("a", layer.lora_A), ("b", layer.lora_B)):
                 assert factor is not None
                 factor.requires_grad_(letter != self.settings.frozen)
@@ -194,37 +201,44 @@ class Chain:
         self.grouping.restore(state.get("groups", ()), self.layers)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The open link's `<module>.lora_A` and `<module>.lora_B`, without the frozen ones."""
+        """The open link's `<module>.lora_A`, `<module>.lora_B` and gates, without the frozen ones."""
         for name, layer in self.layers.items():
-            for suffix, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                if factor is not None and factor.requires_grad:
-                    yield f"{name}.{suffix}", factor
+            for part in PARTS:
+                parameter = getattr(layer, part)
+                if parameter is not None and parameter.requires_grad:
+                    yield f"{name}.{part}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer should hold: the open link's trained factors. A new link has new ones."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def pairs(self) -> list[Pair]:
-        """Both factors of each module of the open link, with its scale."""
+        """Both factors of each module of the open link, with its scale and its gate e."""
         return [
-            Pair(layer.lora_A, layer.lora_B, layer.scale)
+            Pair(layer.lora_A, layer.lora_B, layer.scale, layer.lora_e)
             for layer in self.layers.values()
             if layer.lora_A is not None and layer.lora_B is not None
         ]
 
     def live_factors(self) -> dict[str, Factors]:
-        """A copy of the open link's A and B on the CPU, by module."""
-        alphas = self.open_link.alphas if self.open_link is not None else {}
-        return {
-            name: Factors(layer.lora_A.detach().cpu().clone(), layer.lora_B.detach().cpu().clone(), alphas[name])
-            for name, layer in self.layers.items()
-            if layer.lora_A is not None and layer.lora_B is not None
-        }
+        """A copy of the open link's A, B and gates on the CPU, by module."""
+        found: dict[str, Factors] = {}
+        for name, alpha in (self.open_link.alphas if self.open_link is not None else {}).items():
+            parts = (getattr(self.layers[name], part) for part in PARTS)
+            a, b, *gates = (None if part is None else part.detach().cpu().clone() for part in parts)
+            assert a is not None
+            assert b is not None
+            found[name] = Factors(a, b, alpha, *gates)
+        return found
 
     def open_factors(self) -> dict[str, Factors]:
-        """What the open link adds to the sealed ones, by module: its A and B, less what it started from."""
+        """What the open link adds to the sealed ones, by module: its A and B, less what it started from. A gate e is in
+        B; directions it has closed are left out, unless a start takes as many."""
         starts = self.open_link.starts if self.open_link is not None else {}
-        return {name: f.minus(starts[name]) if name in starts else f for name, f in self.live_factors().items()}
+        return {
+            name: f.folded().minus(starts[name]) if name in starts else f.folded(drop=True)
+            for name, f in self.live_factors().items()
+        }
 
     def tie(self) -> SealedLink:
         """Seal the open link, then fold it into the base. Logits stay as they were, up to the base dtype's rounding.
@@ -270,9 +284,9 @@ class Chain:
         """
         starts = self.open_link.starts if self.open_link is not None else {}
         trained = any(
-            not (torch.equal(f.a, starts[name].a) and torch.equal(f.b, starts[name].b))
+            not (torch.equal(f.a, starts[name].a) and torch.equal(f.folded().b, starts[name].b))
             if name in starts
-            else bool(f.a.any()) and bool(f.b.any())
+            else moves(f)
             for name, f in self.live_factors().items()
         )
         if trained and not discard:

@@ -76,6 +76,7 @@ class ChainConfig:
     calibration: int = 32  # init: eva or lora-ga: training examples that each link's start looks at
     frozen: Literal["a", "b"] | None = None  # the factor that is not trained
     share: float = 1.0  # of the blocks, drawn anew for each link, that it covers
+    gate: str | None = None  # what a link trains beside A and B: adalora, sora (on the rank) or dora (on the output)
     base: Literal["auto", "dense", "nf4", "ledger"] = "auto"  # where tied links live: in the weights, or beside them
     rounding: Literal["auto", "nearest", "stochastic"] = "auto"  # how a tie rounds into 16-bit or 4-bit weights
 
@@ -105,9 +106,12 @@ class TrainConfig:
     packing: bool = False  # concatenate sequences into rows of max_length, attention kept block-diagonal
     group_by_length: bool = True
     optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw(-8bit), lora-rite
-    gradient: str | None = None  # change A's and B's gradients: lora-pro
+    gradient: str | None = None  # change A's and B's gradients: lora-pro or orthogonal
     perturb: str | None = None  # take the loss at noisy weights: flat-lora
     sigma: float = 0.05  # perturb: the noise's norm over the weight's, row by row, at the end of the run
+    after_step: str | None = None  # change the gates after the optimizer's step: adalora or sora
+    penalty: float = 0.0  # weight of a method's own term in the loss: gradient orthogonal, after_step sora
+    budget: float = 1.0  # after_step: adalora: the share of a link's directions that is left at its end
     lr_ratio: float = 1.0  # learning rate of B over that of A
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -215,6 +219,12 @@ def validate(config: Config) -> None:
         t.gradient is None or c.frozen is None,
         f"train.gradient is {t.gradient}, which needs both factors trained: set chain.frozen to null.",
     )
+    _require(
+        t.after_step is None or c.gate is not None,
+        f"train.after_step is {t.after_step}, which changes gates: set chain.gate.",
+    )
+    _require(t.penalty >= 0, f"train.penalty is {t.penalty}, but it must not be negative.")
+    _require(0 < t.budget <= 1, f"train.budget is {t.budget}, but it is a share of directions, above 0 and at most 1.")
     _require(
         c.share == 1 or s.optimizer_state == "reset",
         f"schedule.optimizer_state is {s.optimizer_state}, but with chain.share below 1 links cover different modules: "

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from cola_kernels import lora_linear, lora_linear_group
 
+from .gates import output_gate
+
 OUTSIDE = -1  # no backward pass is running
 
 
@@ -42,6 +44,18 @@ class Operands(NamedTuple):
     scale: float
     bias: Tensor | None
     dropout: float  # 0 outside training
+    e: Tensor | None = None
+    magnitude: Tensor | None = None  # with row_squares: what the gate c is computed from, see `cola_fast.gates`
+    row_squares: Tensor | None = None
+
+    @property
+    def is_gated(self) -> bool:
+        return self.e is not None or self.magnitude is not None
+
+    def c(self) -> Tensor | None:
+        if self.magnitude is None or self.row_squares is None:
+            return None
+        return output_gate(self.magnitude, self.row_squares, self.weight, self.lora_a, self.lora_b, self.scale, self.e)
 
 
 class Grouping:
@@ -113,8 +127,10 @@ class Grouping:
         return output.y
 
     def _together(self, group: _Group, members: Sequence[Operands], x: Tensor, now: _Moment) -> Tensor:
-        weights, lora_as, lora_bs, scales, biases, dropouts = zip(*members, strict=True)
-        y, *rest = lora_linear_group(x, weights, lora_as, lora_bs, scales, biases, dropout=dropouts[0])
+        weights, lora_as, lora_bs, scales, biases, dropouts, es, *_ = zip(*members, strict=True)
+        gated = any(member.is_gated for member in members)
+        gates: dict[str, Any] = {"es": es, "cs": [member.c() for member in members]} if gated else {}
+        y, *rest = lora_linear_group(x, weights, lora_as, lora_bs, scales, biases, dropout=dropouts[0], **gates)
         if y.grad_fn is not None:
             group.runs(y.grad_fn)
         others = zip(group.refs[1:], members[1:], rest, strict=True)
@@ -242,8 +258,9 @@ class _Thread(threading.local):
 
 
 def _alone(own: Operands, x: Tensor) -> Tensor:
-    weight, lora_a, lora_b, scale, bias, dropout = own
-    return lora_linear(x, weight, lora_a, lora_b, scale, bias, dropout=dropout)
+    weight, lora_a, lora_b, scale, bias, dropout, e, *_ = own
+    gates = {"e": e, "c": own.c()} if own.is_gated else {}
+    return lora_linear(x, weight, lora_a, lora_b, scale, bias, dropout=dropout, **gates)
 
 
 def _kind(operands: Operands) -> tuple[Any, ...]:

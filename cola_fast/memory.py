@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .chain import Chain
+from .layer import PARTS
 from .targets import select_modules
 
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: its code, and its share of a scale quantised in blocks of 256
@@ -47,11 +48,11 @@ def estimate(
     """
     model.to(dtype)
     for layer in chain.layers.values():  # the link stays fp32 whatever the base is
-        for parameter in (layer.lora_A, layer.lora_B):
+        for parameter in (getattr(layer, part) for part in PARTS):
             if parameter is not None:
                 parameter.data = parameter.data.float()
     trained = sum(p.numel() for p in chain.parameters())
-    base = [p for name, p in model.named_parameters() if not name.endswith((".lora_A", ".lora_B"))]
+    base = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] not in PARTS]
     weights = sum(p.numel() * p.element_size() for p in base)
     if in_4bit:
         covered = select_modules(model, "all-linear").values()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .layer import LoRALinear, factor_dtype, is_nf4
 from .link import derive_seed
-from .methods import INIT, SCALING, WANTS, Site, Wants
+from .methods import GATE, INIT, SCALING, WANTS, Gates, Site, Wants
 from .peft_format import Factors
 from .targets import block_of
 
@@ -38,11 +38,14 @@ class Settings:
     frozen: str | None = None
     share: float = 1.0
     carry: float = 0.0
+    gate: str | None = None
 
     def validate(self) -> None:
         """Raises UserError for a value that no link can have."""
         INIT.choose(self.init)
         SCALING.choose(self.scaling)
+        if self.gate is not None:
+            GATE.choose(self.gate)
         rules = (
             (0 <= self.dropout < 1, f"dropout is {self.dropout}, but it must be at least 0 and less than 1."),
             (self.alpha > 0, f"alpha is {self.alpha}, but it must be positive."),
@@ -100,7 +103,8 @@ def first_factors(
             original=originals.get(name),
         )
         a, b = INIT.choose(settings.init)(site)
-        return Factors(a.cpu().contiguous(), b.cpu().contiguous(), alpha)
+        gates = Gates() if settings.gate is None else GATE.choose(settings.gate)(site)
+        return Factors(a.cpu().contiguous(), b.cpu().contiguous(), alpha, *gates)
 
     return {name: first(name, layer) for name, layer in layers.items()}
 
@@ -148,8 +152,13 @@ def starts_of(settings: Settings, factors: Mapping[str, Factors]) -> dict[str, F
     throughout; else nothing. Nothing either where the init changes the function on purpose."""
     if wants_of(settings).corrects:
         return {}
-    moved = any(bool(f.a.any()) and bool(f.b.any()) for f in factors.values())
-    return dict(factors) if moved else {}
+    starts = {name: f.folded()._replace(magnitude=None) for name, f in factors.items()}
+    return starts if any(map(moves, starts.values())) else {}
+
+
+def moves(factors: Factors) -> bool:
+    """Whether A and B change the weight's rows by anything but a factor."""
+    return bool(factors.a.any()) and bool(factors.folded().b.any())
 
 
 def wants_of(settings: Settings) -> Wants:

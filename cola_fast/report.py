@@ -28,6 +28,7 @@ def dry_run(config: Config) -> str:
     chain = attach(
         model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rank_pattern=c.rank_pattern,
         first_rank=max(span.rank for span in schedule.spans), scaling=c.scaling, frozen=c.frozen, share=c.share,
+        gate=c.gate,
     )  # fmt: skip
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)

@@ -35,7 +35,7 @@ from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
 from .link import derive_seed
-from .methods import GRADIENT, PERTURB, RANKS, STATE, WANTS, Wants
+from .methods import AFTER_STEP, GRADIENT, PERTURB, RANKS, STATE, WANTS, Step, Wants
 from .models import (
     checkpoint_activations,
     context_length,
@@ -113,7 +113,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 chain = attach(
                     model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
                     seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
-                    scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry,
+                    scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry, gate=c.gate,
                     batches=_looked_at(config, data, 0), original=_original(config),
                 )  # fmt: skip
             for span in schedule.spans:
@@ -200,6 +200,8 @@ class _Loop:
         self.optimizer_state: dict[int, dict[str, Any]] = {}  # to be loaded into the next optimizer
         gradient = config.train.gradient
         self.change_gradients = None if gradient is None else GRADIENT.choose(gradient)
+        after_step = config.train.after_step
+        self.after_step = None if after_step is None else AFTER_STEP.choose(after_step)
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at: reading one waits for the GPU
         self.unlogged: list[float] = []  # losses of the steps since the last row of metrics
         if state is not None and state["extra"]:
@@ -271,12 +273,15 @@ class _Loop:
                 loss += part.detach()
         self._share_gradients(loss)
         if self.change_gradients is not None:
-            self.change_gradients(self.chain.pairs())
+            self.change_gradients(self.chain.pairs(), t)
         if t.clip is not None:
             nn.utils.clip_grad_norm_(self.chain.parameters(), t.clip)
         lr = self.schedule.lr(at.step, at.link, at.link_start)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
+        if self.after_step is not None:
+            done = (at.step + 1 - at.link_start) / self.schedule.spans[at.link].steps
+            self.after_step(self.chain.pairs(), Step(lr, done, t, self.optimizer.state))
         self.optimizer.zero_grad(set_to_none=True)
 
         at.step += 1

@@ -8,6 +8,8 @@ import importlib
 import pkgutil
 
 from .registry import (
+    AFTER_STEP,
+    GATE,
     GRADIENT,
     INIT,
     METHODS,
@@ -18,9 +20,11 @@ from .registry import (
     SLOTS,
     STATE,
     WANTS,
+    Gates,
     Method,
     Pair,
     Site,
+    Step,
     Wants,
     preset,
     register,
@@ -31,6 +35,8 @@ for _found in sorted(module.name for module in pkgutil.iter_modules(__path__)):
     importlib.import_module(f".{_found}", __name__)
 
 __all__ = [
+    "AFTER_STEP",
+    "GATE",
     "GRADIENT",
     "INIT",
     "METHODS",
@@ -41,9 +47,11 @@ __all__ = [
     "SLOTS",
     "STATE",
     "WANTS",
+    "Gates",
     "Method",
     "Pair",
     "Site",
+    "Step",
     "Wants",
     "preset",
     "register",

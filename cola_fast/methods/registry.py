@@ -46,6 +46,11 @@ class Site:
     seen: Any = None  # what the init's `see` made of the training batches
     original: Tensor | None = None  # [N, K], for an init that `corrects`: the weight before it was quantised
 
+    @property
+    def weight(self) -> Tensor:
+        """Only for a start that depends on it: it may have to be dequantised, or gathered from other processes."""
+        return self.read()
+
 
 @dataclass(frozen=True)
 class Wants:
@@ -57,18 +62,36 @@ class Wants:
     gradients: bool = False  # dy, the gradient of the module's output, too
     corrects: bool = False  # it starts as a correction of what quantising lost, which stays in the function
 
-    @property
-    def weight(self) -> Tensor:
-        """Only for a start that depends on it: it may have to be dequantised, or gathered from other processes."""
-        return self.read()
+
+class Gates(NamedTuple):
+    """What a link trains at one module beside A and B."""
+
+    e: Tensor | None = None  # [R], on the inner product
+    magnitude: Tensor | None = None  # [N], what the weight's rows are scaled to
 
 
 class Pair(NamedTuple):
-    """The trained factors of one module: the update is `scale · b @ a`, a [R, K], b [N, R]."""
+    """The trained factors of one module: the update is `scale · b diag(e) a`, a [R, K], b [N, R], e [R]."""
 
     a: nn.Parameter
     b: nn.Parameter
     scale: float
+    e: nn.Parameter | None = None
+
+    def require_e(self, key: str) -> nn.Parameter:
+        """Raises UserError if the link has none. key: the configuration key that asks for it."""
+        if self.e is None:
+            raise UserError(f"{key} needs gates on the rank: set chain.gate to one that has them, such as sora.")
+        return self.e
+
+
+class Step(NamedTuple):
+    """A step that the optimizer has just taken. Gradients are still there."""
+
+    lr: float
+    done: float  # share of the link's steps, this one included
+    config: TrainConfig
+    state: dict[Any, dict[str, Any]]  # the optimizer's, by parameter: what is added is saved, and reset, with the rest
 
 
 class Slot(dict[str, F], Generic[F]):
@@ -95,6 +118,8 @@ class Slot(dict[str, F], Generic[F]):
 # scale · B A out of the weight, so that the model's function stays as it was (unless the init corrects it).
 INIT: Slot[Callable[[Site], tuple[Tensor, Tensor]]] = Slot("chain.init")
 WANTS: dict[str, Wants] = {}  # by name of the init; most want nothing
+# The first gates of a link, in `site.dtype`: with e, `scale · B diag(e) A` is what leaves the weight.
+GATE: Slot[Callable[[Site], Gates]] = Slot("chain.gate")
 # (alpha, R, r) -> the alpha a module of rank R gets where the chain's are alpha and r: its scale is that alpha over R.
 SCALING: Slot[Callable[[float, int, int], float]] = Slot("chain.scaling")
 # (model without an open link, training examples, configuration, index of the link about to be opened)
@@ -105,17 +130,19 @@ OPTIMIZER: Slot[Callable[[list[dict[str, Any]], TrainConfig, Sequence[Pair]], to
     "train.optimizer"
 )
 # Changes the gradients in place, after the backward pass and before clipping.
-GRADIENT: Slot[Callable[[Sequence[Pair]], None]] = Slot("train.gradient")
+GRADIENT: Slot[Callable[[Sequence[Pair], TrainConfig], None]] = Slot("train.gradient")
 # (layers by name, share of the run that is done, seed of the step, configuration) -> what a step's forward and backward
 # passes run inside. It leaves the weights, and afterwards the layers, as they were.
 PERTURB: Slot[Callable[[Mapping[str, LoRALinear], float, int, TrainConfig], AbstractContextManager[None]]] = Slot(
     "train.perturb"
 )
+# Changes the parameters in place, after the optimizer's step.
+AFTER_STEP: Slot[Callable[[Sequence[Pair], Step], None]] = Slot("train.after_step")
 # (the optimizer's state by parameter index, `schedule.prune`, seed) -> what the next link's optimizer starts from.
 STATE: Slot[Callable[[dict[int, dict[str, Any]], float, int], dict[int, dict[str, Any]]]] = Slot(
     "schedule.optimizer_state"
 )
-SLOTS: tuple[Slot[Any], ...] = (INIT, SCALING, RANKS, OPTIMIZER, GRADIENT, PERTURB, STATE)
+SLOTS: tuple[Slot[Any], ...] = (INIT, GATE, SCALING, RANKS, OPTIMIZER, GRADIENT, PERTURB, AFTER_STEP, STATE)
 
 METHODS: dict[str, Method] = {}
 

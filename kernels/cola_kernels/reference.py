@@ -12,13 +12,14 @@ Any float dtype works, float64 included, which is how the other implementations 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, nf4
+from . import autograd, gates, nf4
 from .checks import check_merge
 from .philox import DRAW_RANGE, as_seed, draws, dropout_threshold, inverse_keep
 
@@ -44,8 +45,10 @@ def lora_linear(
     *,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    e: Tensor | None = None,
+    c: Tensor | None = None,
 ) -> Tensor:
-    """`x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ + bias`, differentiable in x, lora_a, lora_b and bias.
+    """`c ⊙ (x Wᵀ + scale · ((drop(x) Aᵀ) ⊙ e) Bᵀ) + bias`, differentiable in all but weight and scale.
 
     Args:
         x: `[..., K]`, floating point.
@@ -57,6 +60,9 @@ def lora_linear(
         dropout: probability in [0, 1) that an element of x is left out of the low-rank branch.
         seed: of the dropout mask: an int, an int64 scalar tensor on x's device, or None to draw one from torch's
             generator. Ignored without dropout.
+        e: `[R]`, a gate on the inner product, any float dtype; None costs nothing.
+        c: `[N]`, a gate on the output but for the bias, any float dtype, used in fp32 at least; None costs nothing.
+            Where it needs a gradient, the output without it is kept for backward.
 
     Returns:
         `[..., N]` in x's dtype (the autocast dtype under autocast).
@@ -65,7 +71,8 @@ def lora_linear(
         ValueError: shapes or dtypes that do not fit, dropout outside [0, 1), a weight that requires a gradient; of
             quantised weights, what is not NF4, or was repacked for the CPU (`unpack_nf4_`).
     """
-    (y,) = autograd.apply(FUNCTION, x, [weight], [lora_a], [lora_b], [scale], [bias], dropout, seed)
+    es, cs = (None if gate is None else [gate] for gate in (e, c))
+    (y,) = lora_linear_group(x, [weight], [lora_a], [lora_b], [scale], [bias], dropout=dropout, seed=seed, es=es, cs=cs)
     return y
 
 
@@ -79,11 +86,13 @@ def lora_linear_group(
     *,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    es: Sequence[Tensor | None] | None = None,
+    cs: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear` of several members that read the same x: one pass over x for every S, one accumulated dX.
 
     Args: as `lora_linear`, one entry a member; N and R may differ between members, K may not. The members share one
-        dropout mask: each result is what `lora_linear` gives with the same seed.
+        dropout mask: each result is what `lora_linear` gives with the same seed. es, cs: the gates; None for none.
 
     Returns:
         One `[..., N]` a member.
@@ -91,7 +100,10 @@ def lora_linear_group(
     Raises:
         ValueError: as `lora_linear`; lists of different lengths, or lora_as of different dtypes.
     """
-    return autograd.apply(FUNCTION, x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
+    ungated = partial(autograd.apply, FUNCTION, dropout=dropout, seed=seed)
+    if es is None and cs is None:
+        return ungated(x, weights, lora_as, lora_bs, scales, biases)
+    return gates.apply(ungated, GATE, x, weights, lora_as, lora_bs, scales, biases, es, cs)
 
 
 def make_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
@@ -139,6 +151,7 @@ def factor_grad(ds: Tensor, x: Tensor, dropout: float, mask: Tensor | None, dtyp
 FUNCTION = autograd.make_function(
     autograd.Primitives(make_mask, project, seeded_matmul, output_grads, factor_grad, nf4.dequantize)
 )
+GATE = gates.make_gate(gates.gate_grads)
 
 
 def _zero(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -164,8 +177,9 @@ def merge_(
     seed: int = 0,
     first_row: int = 0,
     report: bool = False,
+    c: Tensor | None = None,
 ) -> FoldReport | None:
-    """`weight += scale · B A` in place, tile by tile, rounded once from fp32 (fp64 for an fp64 weight).
+    """`weight = c ⊙ (weight + scale · B A)` in place, by tiles, rounded once from fp32 (fp64 for an fp64 weight).
 
     Args:
         weight: `[N, K]` bf16, fp16, fp32 or fp64; any strides; changed in place, its storage stays.
@@ -175,11 +189,12 @@ def merge_(
         first_row: where weight and lora_b are some rows of a larger matrix, the number of the first: they are rounded
             with the draws that they have there.
         report: also measure what the weight's dtype kept of the update.
+        c: `[N]`, a factor of each row; None for 1.
 
     Raises:
         ValueError: shapes that do not fit, a dtype that is not floating point, an unknown rounding.
     """
-    check_merge(weight, lora_a, lora_b, rounding)
+    check_merge(weight, lora_a, lora_b, rounding, c)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     n, k = weight.shape
     a = lora_a.detach().to(wide)
@@ -191,14 +206,17 @@ def merge_(
             tile = weight[first : first + tile_rows]
             b = lora_b.detach()[first : first + tile_rows].to(wide)
             target = torch.addmm(tile.to(wide), b, a, alpha=scale)
-            before = tile.clone() if report else None
+            if c is not None:
+                target *= c.detach()[first : first + tile_rows, None].to(wide)
+            before = tile.to(wide, copy=True) if report else None
+            delta = target - before if before is not None and c is not None else None
             if rounding == "stochastic" and weight.dtype in DROPPED_BITS:
                 tile.copy_(_round_stochastic(target, weight.dtype, key, first_row + first))
             else:
                 tile.copy_(target)
             if before is not None:
-                delta = torch.mm(b, a).mul_(scale)
-                change = tile.to(wide) - before.to(wide)
+                delta = torch.mm(b, a).mul_(scale) if delta is None else delta
+                change = tile.to(wide) - before
                 along = along + _inner(change, delta)
                 delta_sq = delta_sq + _inner(delta, delta)
                 error_sq = error_sq + _inner(change.sub_(delta), change)
