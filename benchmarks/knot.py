@@ -27,7 +27,7 @@ from cola_fast.config import Config, ModelConfig
 from cola_fast.data import load_data
 from cola_fast.demo import demo_config
 from cola_fast.evaluate import Score, evaluate
-from cola_fast.models import context_length, load_model, load_tokenizer
+from cola_fast.models import context_length, forbid_repacking, load_model, load_tokenizer
 from cola_fast.trainer import train
 
 from . import harness
@@ -137,9 +137,7 @@ def _merged_by_peft(config: Config, adapter: Path) -> nn.Module:
     from peft import PeftModel
 
     merged: nn.Module = PeftModel.from_pretrained(load_model(config.model), str(adapter)).merge_and_unload()
-    for module in merged.modules():  # PEFT makes new layers, which would repack themselves
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+    forbid_repacking(merged)  # PEFT makes new layers
     return merged
 
 
