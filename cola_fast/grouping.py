@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cola_kernels import lora_linear, lora_linear_group
@@ -34,18 +35,33 @@ OUTSIDE = -1  # no backward pass is running
 
 
 class Operands(NamedTuple):
-    """What a layer gives to `cola_kernels.lora_linear`, x apart."""
+    """What a layer is, x apart: `lora_linear`'s arguments, and frozen factors that stand beside the link."""
 
     weight: Tensor
     lora_a: Tensor
     lora_b: Tensor
     scale: float
     bias: Tensor | None
-    dropout: float  # 0 outside training
+    dropout: float = 0.0  # 0 outside training
+    ledger_a: Tensor | None = None  # [P, K]
+    ledger_b: Tensor | None = None  # [N, P], scales included
+
+    def joined(self) -> Operands:
+        """With the frozen factors as part of the link's; not with dropout, which does not drop those."""
+        if self.ledger_a is None or self.ledger_b is None or self.dropout > 0:
+            return self
+        a, b = torch.cat((self.lora_a, self.ledger_a)), torch.cat((self.lora_b * self.scale, self.ledger_b), dim=1)
+        return Operands(self.weight, a, b, 1.0, self.bias)
+
+    def complete(self, y: Tensor, x: Tensor) -> Tensor:
+        """y with what the op has left out."""
+        if self.ledger_a is None or self.ledger_b is None or self.dropout == 0:
+            return y
+        return y + F.linear(F.linear(x, self.ledger_a.to(x.dtype)), self.ledger_b.to(x.dtype))
 
 
 class Grouping:
-    """Shared by layers that may run together: modules whose `operands()` are an open link's, or None without one.
+    """Shared by layers that may run together: modules with `operands()`, which are None where there is nothing to add.
 
     Copied or unpickled (with the layers, by deepcopy) it is a fresh one, which learns again.
     """
@@ -112,8 +128,8 @@ class Grouping:
         return output.y
 
     def _together(self, group: _Group, members: Sequence[Operands], x: Tensor, now: _Moment) -> Tensor:
-        weights, lora_as, lora_bs, scales, biases, dropouts = zip(*members, strict=True)
-        y, *rest = lora_linear_group(x, weights, lora_as, lora_bs, scales, biases, dropout=dropouts[0])
+        operands = zip(*(member.joined()[:5] for member in members), strict=True)
+        y, *rest = lora_linear_group(x, *operands, dropout=members[0].dropout)
         if y.grad_fn is not None:
             group.runs(y.grad_fn)
         others = zip(group.refs[1:], members[1:], rest, strict=True)
@@ -241,8 +257,7 @@ class _Thread(threading.local):
 
 
 def _alone(own: Operands, x: Tensor) -> Tensor:
-    weight, lora_a, lora_b, scale, bias, dropout = own
-    return lora_linear(x, weight, lora_a, lora_b, scale, bias, dropout=dropout)
+    return lora_linear(x, *own.joined()[:5], dropout=own.dropout)
 
 
 def _kind(operands: Operands) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from cola_fast.report import dry_run, export_run, score_run
 from cola_fast.trainer import train
 
 from ..conftest import disturb, tiny_llama
+from .three import separate, zero_grad
 
 pytest.importorskip("bitsandbytes")
 DTYPES = ["fp32", "bf16"]
@@ -123,6 +125,32 @@ def test_gradients_beside_a_ledger(load: Callable[..., nn.Module]) -> None:
     ):
         assert found is not None
         assert relative(found.double(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.usefixtures("one_seed")
+def test_layers_with_a_ledger_run_as_groups(
+    load: Callable[..., nn.Module], ids: Tensor, launches: list[int], dropout: float
+) -> None:
+    model = load().train()
+    chain = attach(model, targets="all-linear", r=2, dropout=dropout)
+    for k in range(2):
+        disturb(chain, seed=k)
+        chain.tie()
+        chain.extend(3)
+    disturb(chain, seed=7)
+    found = []
+    for each in (model, separate(copy.deepcopy(model))):
+        for _ in range(2):
+            launches.clear()
+            zero_grad(each)
+            each(ids, labels=ids).loss.backward()
+        found.append((list(launches), [p.grad for p in each.parameters() if p.grad is not None]))
+    (together, grads), (alone, exact) = found
+    assert together == [3, 1, 2, 1] * 2
+    assert alone == [1] * 14
+    for one, other in zip(grads, exact, strict=True):
+        assert relative(one.double(), other.double()) < 1e-5
 
 
 def test_a_tie_into_nf4_rewrites_codes_only(load: Callable[..., nn.Module], tmp_path: Path) -> None:
