@@ -35,9 +35,9 @@ def test_three_links_scores_and_both_exports(
     record = json.loads((run / "chain.json").read_text())
     assert (record["base_kind"], len(record["links"])) == (base, 3)
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["load_in_4bit"] == bool(flags)
-    table = capsys.readouterr().out
-    losses = {line[:14].strip(): float(line.split()[-4]) for line in table.splitlines() if line.startswith("merged")}
-    assert "after 3 links" in table
-    assert losses["merged export"] > 0
+    rows = {line[:14].strip(): line[14:].split() for line in capsys.readouterr().out.splitlines()}
+    after, merged = float(rows["after 3 links"][1]), float(rows["merged export"][0])
+    assert merged == pytest.approx(after, rel=0.02)  # bf16 where the CPU has it
+    assert after < float(rows["base"][0])
     assert {path.name for path in (run / "export").iterdir()} == {"adapter", "merged"}
     assert main(["train", str(run / "config.yaml")]) == 0  # done already
