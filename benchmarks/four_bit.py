@@ -174,12 +174,18 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         for links in (SHORT, LONG)
         for arm in (*BASES, PEFT)
     }
-    seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in result["runs"]}))
-    note = (
-        f"SmolLM2-135M in NF4 (double quantisation), links of rank 8 on all linears, {STEPS} steps of the demo's task "
-        f"in all; the base's test loss is {base:.3f}; one figure a seed ({seeds}). {describe(result)}"
-    )
-    return {"four_bit-knots": f"{_knots(chains, base)}\n\n{note}", "four_bit-chain": f"{_long(chains, base)}\n\n{note}"}
+
+    def note(links: int) -> str:
+        seeds = ", ".join(str(seed) for seed in sorted({r["seed"] for r in result["runs"] if r["links"] == links}))
+        return (
+            f"SmolLM2-135M in NF4 (double quantisation), {links} links of rank 8 on all linears, {STEPS} steps of the "
+            f"demo's task in all; the base's test loss is {base:.3f}; one figure a seed ({seeds}). {describe(result)}"
+        )
+
+    return {
+        "four_bit-knots": f"{_knots(chains, base)}\n\n{note(SHORT)}",
+        "four_bit-chain": f"{_long(chains, base)}\n\n{note(LONG)}",
+    }
 
 
 Knots = list[Mapping[str, Any]]
