@@ -11,9 +11,8 @@ Any float dtype works, float64 included, which is how the other implementations 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -196,19 +195,10 @@ def merge_(
     n, k = weight.shape
     step = max(1, TILE_ELEMENTS // max(k, 1))
     with torch.no_grad():
-        sums = _in_threads(fold, [slice(first, min(first + step, n)) for first in range(0, n, step)], weight.device)
+        sums = [fold(slice(first, min(first + step, n))) for first in range(0, n, step)]
     if not report:
         return None
     return fold_report(*(torch.stack(part).sum() for part in zip(*sums, strict=True))) if sums else FoldReport(1.0, 0.0)
-
-
-def _in_threads(work: Callable[[slice], Any], tiles: list[slice], device: torch.device) -> list[Any]:
-    """`work` of each tile, in order. A tile is too small for PyTorch to share it among threads of its own."""
-    threads = min(torch.get_num_threads(), len(tiles)) if device.type == "cpu" else 1
-    if threads < 2:
-        return list(map(work, tiles))
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(torch.no_grad()(work), tiles))
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

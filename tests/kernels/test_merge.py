@@ -89,24 +89,6 @@ def test_a_seed_repeats_itself_whatever_the_tile(monkeypatch):
     assert torch.equal(*results)
 
 
-def test_threads_change_nothing(monkeypatch):
-    """Not even the report, whose sums are added up in the order of the tiles."""
-    monkeypatch.setattr(reference, "TILE_ELEMENTS", 1 << 10)
-    weight, a, b = make(200, 56, 3, torch.bfloat16)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 4):
-            torch.set_num_threads(threads)
-            copy = weight.clone()
-            results.append((copy, reference.merge_(copy, a, b, 0.5, rounding="stochastic", seed=9, report=True)))
-    finally:
-        torch.set_num_threads(before)
-    (one, told), (other, also) = results
-    assert torch.equal(one, other)
-    assert told == also
-    assert not torch.equal(one, weight)
-
-
 @pytest.mark.parametrize(("rounding", "report"), [("nearest", False), ("stochastic", True)], ids=["least", "most"])
 def test_needs_little_memory_beside_the_weight(rounding, report):
     """The most that is live at once while a 4096 x 4096 weight is merged, as torch's profiler saw it allocated."""
