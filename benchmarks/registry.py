@@ -52,7 +52,9 @@ class Entry:
 SUITES = {
     "demo": Entry("What does the demo reach, and how long does it take?", "benchmarks.demo"),
     "gelora": Entry("How does the intrinsic dimension change with depth, and which ranks follow?", "benchmarks.gelora"),
-    "knot": Entry("What does a knot cost, and what does it keep, in 16 and in 4 bits?", "benchmarks.knot"),
+    "knot": Entry("What does a knot in 4 bits keep?", "benchmarks.knot"),
+    "knot_time": Entry("What does a knot in 16 bits cost?", "benchmarks.knot_time"),
+    "four_bit": Entry("Does a chain on 4-bit weights keep what its links learn?", "benchmarks.four_bit"),
     "lora_linear": Entry(
         "What does a LoRA linear cost above its frozen linear on a GPU, here and elsewhere?", "benchmarks.lora_linear"
     ),

@@ -72,8 +72,8 @@ class LedgerBase:
     def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
         dtype, device = layer.compute_dtype, layer.weight.device
         a, b = factors.a.to(device, dtype), (factors.b * factors.scale).to(device, dtype)
-        if layer.ledger_A is not None and layer.ledger_B is not None:
-            a, b = torch.cat((layer.ledger_A, a)), torch.cat((layer.ledger_B, b), dim=1)
+        if layer.ledger is not None:
+            a, b = (torch.cat(parts, dim) for dim, parts in enumerate(zip(layer.ledger, (a, b), strict=True)))
         layer.ledger_A, layer.ledger_B = a, b
         return FoldReport(retained=1.0, error=0.0) if report else None
 

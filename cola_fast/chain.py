@@ -433,7 +433,7 @@ class Chain:
             "rounding": self.base.rounding,
             **asdict(self.settings),
             "modules": {name: list(shape) for name, shape in self._shapes().items()},
-            "links": [link.record() for link in links],
+            "links": [{**link.record(), "base_kind": self.base.kind} for link in links],
         }
 
     def _write_record(self, links: Sequence[SealedLink]) -> None:

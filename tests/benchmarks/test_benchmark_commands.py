@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, step_time
+from benchmarks import four_bit, harness, step_time
 from benchmarks.__main__ import main
 from benchmarks.registry import SUITES
 from benchmarks.report import fill
@@ -165,3 +165,22 @@ def test_fill_touches_only_what_is_between_the_markers() -> None:
 
 def test_a_quick_run_says_so() -> None:
     assert "not for publication" in step_time.tables(_result(quick=True))["step_time-step"]
+
+
+def test_a_gain_is_what_a_chain_has_taken_off_the_loss_of_the_base() -> None:
+    def scored(before: float, after: float) -> dict[str, Any]:
+        return {
+            "before": {"loss": before, "accuracy": 0.5},
+            "after": {"loss": after, "accuracy": 0.5},
+        }
+
+    runs = [
+        {"links": links, "arm": arm, "seed": 0, "knots": [scored(2.0, after)] * (3 if links == four_bit.SHORT else 1)}
+        for links in (four_bit.SHORT, four_bit.LONG)
+        for arm, after in (("ledger", 2.0), ("in place", 2.5), (four_bit.PEFT, 6.0))
+    ]
+    result = {"base": {"loss": 7.0}, "runs": runs, "quick": False, "environment": harness.environment()}
+    tables = four_bit.tables(result)
+    assert "| in place, knot 3 | 2.000 | 2.500 | 0.500 | 0.900 |" in tables["four_bit-knots"]
+    assert "PEFT merge_and_unload, knot 1 | 2.000 | 6.000 | 0.500 | 0.200 |" in tables["four_bit-knots"]
+    assert "| in place | 2.500 | 0.500 | 0.900 |" in tables["four_bit-chain"]

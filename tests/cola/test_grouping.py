@@ -61,14 +61,20 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "ledger"), [*((name, 0) for name in ARCHITECTURES), ("llama", 2)], ids=[*ARCHITECTURES, "llama-ledger"]
+)
 @pytest.mark.usefixtures("one_seed")
 def test_a_model_computes_what_its_layers_compute_alone(
-    name: str, dropout: float, ids: Tensor, launches: list[int]
+    name: str, ledger: int, dropout: float, ids: Tensor, launches: list[int]
 ) -> None:
     make, grouped_launches = ARCHITECTURES[name]
     model, targets = make()
-    chain = attach(model, targets=targets, dropout=dropout)
+    chain = attach(model, targets=targets, dropout=dropout, base="ledger")
+    for link in range(ledger):
+        disturb(chain, seed=2 + link)
+        chain.tie()
+        chain.extend()
     disturb(chain)
     models = {
         "grouped": model.train(),
