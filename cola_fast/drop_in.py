@@ -49,7 +49,8 @@ def accelerate_peft(model: nn.Module) -> DropInReport:
 
     Outputs and gradients are PEFT's up to rounding. One difference is by design: with fp32 adapters on a 16-bit model
     PEFT computes the low-rank branch in fp32, whereas the op uses the factors in the activations' dtype (beside NF4
-    weights: in the layer's compute dtype), accumulates in fp32, and returns fp32 gradients. Second derivatives (double backward) are not available until `undo`.
+    weights: in the layer's compute dtype), accumulates in fp32, and returns fp32 gradients. Second derivatives (double
+    backward) are not available until `undo`.
 
     Args:
         model: a `PeftModel`, or any module that contains PEFT's LoRA layers; changed in place.
