@@ -14,8 +14,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import metrics, plot
-from .batches import Feed, batch_loss, check_packing, check_padding, wants_flat
+from . import liger, metrics, plot
+from .batches import Batch, Feed, batch_loss, check_packing, check_padding, wants_flat
 from .best import save_best
 from .chain import Chain, attach, load_chain
 from .config import Config
@@ -105,8 +105,12 @@ def train(config: Config, *, quiet: bool = False) -> Result:
         if not quiet:
             for note in data.notes:
                 print(f"data: {note}", file=sys.stderr)
-        loop = _Loop(config, run.path, model, chain, data, schedule, feed, state, quiet)
-        return loop.run()
+        off = "use_liger is false" if config.train.use_liger is False else liger.obstacle(model)
+        if off and not quiet and config.train.use_liger:
+            print(f"liger-kernel is off: {off}", file=sys.stderr)
+        with nullcontext() if off else liger.kernels(model):
+            loss = _summed_loss if off else liger.summed_loss
+            return _Loop(config, run.path, model, chain, data, schedule, feed, state, loss, quiet).run()
 
 
 def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule, Feed]:
@@ -123,6 +127,10 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
     return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), feed
 
 
+def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return batch_loss(needed_logits(model, batch), batch)[0]
+
+
 class _Loop:
     def __init__(
         self,
@@ -134,10 +142,12 @@ class _Loop:
         schedule: Schedule,
         feed: Feed,
         state: dict[str, Any] | None,
+        summed_loss: Callable[[nn.Module, Batch], Tensor],
         quiet: bool,
     ) -> None:
         self.config, self.path, self.model, self.chain = config, run, model, chain
         self.data, self.schedule, self.feed, self.quiet = data, schedule, feed, quiet
+        self.summed_loss = summed_loss
         self.device = next(model.parameters()).device
         self.at = Position()
         self.resumed = state is not None
@@ -205,7 +215,7 @@ class _Loop:
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             batch = batch.to(self.device)
-            part = batch_loss(needed_logits(self.model, batch), batch)[0] / labelled
+            part = self.summed_loss(self.model, batch) / labelled
             part.backward()
             loss += part.detach()
         if self.change_gradients is not None:
