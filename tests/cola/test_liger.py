@@ -81,9 +81,9 @@ def test_the_same_loss_and_gradients(interpreted: None, module: Any) -> None:
 def test_the_same_links(
     interpreted: None, module: Any, raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    raw_config["schedule"] |= {"links": 2, "steps": 4}
+    raw_config["schedule"] |= {"links": 2, "steps": 2}
     raw_config["chain"] |= {"dropout": 0.0}
-    raw_config["train"] |= {"batch_size": 4}
+    raw_config["train"] |= {"batch_size": 2}
     raw_config["data"] |= {"eval": None, "eval_share": 0.0}
     heads: list[int] = []
     forward = nn.Linear.forward
