@@ -111,7 +111,7 @@ class TrainConfig:
     eps: float = 1e-8
     clip: float | None = 1.0  # gradient norm
     activation_checkpointing: bool = False
-    use_liger: bool | None = None  # liger-kernel's norms, RoPE, SwiGLU and loss; null: where it is installed and a GPU
+    use_liger: bool = False  # liger-kernel's norms, RoPE, SwiGLU and loss; off, with a note, where there is no GPU
     seed: int = 0
     eval_every: int | None = None  # steps; the end of every link is always evaluated
     eval_batch_size: int = 16

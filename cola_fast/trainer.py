@@ -105,11 +105,12 @@ def train(config: Config, *, quiet: bool = False) -> Result:
         if not quiet:
             for note in data.notes:
                 print(f"data: {note}", file=sys.stderr)
-        off = "use_liger is false" if config.train.use_liger is False else liger.obstacle(model)
-        if off and not quiet and config.train.use_liger:
-            print(f"liger-kernel is off: {off}", file=sys.stderr)
-        with nullcontext() if off else liger.kernels(model):
-            loss = _summed_loss if off else liger.summed_loss
+        obstacle = liger.obstacle(model) if config.train.use_liger else None
+        if obstacle and not quiet:
+            print(f"liger-kernel is off: {obstacle}", file=sys.stderr)
+        use_liger = config.train.use_liger and not obstacle
+        with liger.kernels(model) if use_liger else nullcontext():
+            loss = liger.summed_loss if use_liger else _summed_loss
             return _Loop(config, run.path, model, chain, data, schedule, feed, state, loss, quiet).run()
 
 
