@@ -9,10 +9,11 @@ PEFT's default.
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ Inputs = Mapping[str, Tensor]
 
 
 def run(options: Options) -> dict[str, Any]:
-    problem = trainers.Problem(STEPS, "auto")
+    began, problem = time.monotonic(), trainers.Problem(STEPS, "auto")
     size = problem.config.train.batch_size
     batches = [_inputs(problem.examples[i * size : (i + 1) * size]) for i in range(STEPS)]
     alike = _inputs([e for e in problem.examples if len(e) == len(problem.examples[0])])  # fp64 makes NaN of padding
@@ -49,10 +50,12 @@ def run(options: Options) -> dict[str, Any]:
     }
     for base, in_4bit in BASES.items():
         if in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-            continue
+            continue  # the table says so
         config = replace(problem.config, model=replace(problem.config.model, load_in_4bit=in_4bit))
         parity = _parity(base, config, problem, alike)
         for dropout in DROPOUTS:
+            if time.monotonic() - began > options.seconds:
+                break
             harness.say(f"{base}, dropout {dropout:g}")
             chosen = replace(config, chain=replace(config.chain, dropout=dropout))
             model = trainers.peft_model(chosen, problem.initial).train()
@@ -136,16 +139,20 @@ def _in_fp64(model: nn.Module, config: Config, problem: trainers.Problem) -> nn.
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, str]:
+    rows = {(row["base"], row["dropout"]): row for row in result["rows"]}
     lines = []
-    for row in result["rows"]:
-        peft, ours = (harness.Spread(**row["seconds"][side]) for side in ("peft", "accelerated"))
+    for base, dropout in product(BASES, DROPOUTS):
+        what = f"{result['dtype'] if base == 'dense' else base}, dropout {dropout:g}"
+        row = rows.get((base, dropout))
+        if row is None:
+            lines.append([what, "not measured", "", ""])
+            continue
+        spreads = [harness.Spread(**row["seconds"][side]) for side in ("peft", "accelerated")]
         ratio = harness.Spread(**row["ratio"]["peft"])
-        base = result["dtype"] if row["base"] == "dense" else row["base"]
         lines.append(
             [
-                f"{base}, dropout {row['dropout']:g}",
-                f"{peft.median:.3f} ({peft.q1:.3f} to {peft.q3:.3f})",
-                f"{ours.median:.3f} ({ours.q1:.3f} to {ours.q3:.3f})",
+                what,
+                *(f"{spread.median:.3f} ({spread.q1:.3f} to {spread.q3:.3f})" for spread in spreads),
                 f"**{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})**",
             ]
         )
