@@ -51,6 +51,7 @@ class Entry:
 
 SUITES = {
     "demo": Entry("What does the demo reach, and how long does it take?", "benchmarks.demo"),
+    "drop_in": Entry("What does accelerate_peft take off a training step of a PEFT model?", "benchmarks.drop_in"),
     "gelora": Entry("How does the intrinsic dimension change with depth, and which ranks follow?", "benchmarks.gelora"),
     "knot": Entry("What does a knot in 4 bits keep?", "benchmarks.knot"),
     "knot_time": Entry("What does a knot in 16 bits cost?", "benchmarks.knot_time"),

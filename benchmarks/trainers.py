@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
@@ -103,10 +104,10 @@ def theirs(problem: Problem, *, each_loss: bool = False) -> Times:
     clock = _clock()
     with tempfile.TemporaryDirectory() as folder:
         run = transformers.Trainer(
-            model=_peft_model(problem),
+            model=peft_model(problem.config, problem.initial),
             args=_arguments(problem, folder, logging_steps=1 if each_loss else problem.steps),
             train_dataset=problem.examples,
-            data_collator=_inputs,
+            data_collator=inputs,
             callbacks=[clock],
         )
         run.remove_callback(transformers.PrinterCallback)
@@ -125,10 +126,11 @@ def _configure(steps: int, dtype: str) -> Config:
     return config.from_dict(raw)
 
 
-def _peft_model(problem: Problem) -> Any:
+def peft_model(config: Config, initial: Mapping[str, Factors]) -> Any:
+    """The model of `config` with PEFT's adapters in the places and with the values of `initial`."""
     import peft
 
-    c = problem.config.chain
+    c = config.chain
     lora = peft.LoraConfig(
         r=c.r,
         lora_alpha=c.alpha,
@@ -136,13 +138,13 @@ def _peft_model(problem: Problem) -> Any:
         lora_dropout=c.dropout,
         task_type="CAUSAL_LM",
     )
-    model = peft.get_peft_model(models.load_model(problem.config.model), lora)
+    model = peft.get_peft_model(models.load_model(config.model), lora)
     layers = {name: layer for name, layer in model.base_model.model.named_modules() if hasattr(layer, "lora_A")}
-    if layers.keys() != problem.initial.keys():
+    if layers.keys() != initial.keys():
         raise harness.ParityError("PEFT puts adapters on other modules than we do.")
     for name, layer in layers.items():
-        layer.lora_A["default"].weight.data.copy_(problem.initial[name].a)
-        layer.lora_B["default"].weight.data.copy_(problem.initial[name].b)
+        layer.lora_A["default"].weight.data.copy_(initial[name].a)
+        layer.lora_B["default"].weight.data.copy_(initial[name].b)
     return model
 
 
@@ -177,14 +179,14 @@ def _arguments(problem: Problem, folder: str, *, logging_steps: int) -> Any:
     )
 
 
-def _inputs(examples: list[Example]) -> dict[str, Tensor]:
+def inputs(examples: list[Example]) -> dict[str, Tensor]:
     """A batch of ours as a model of transformers takes it: the token at i + 1 is the label of place i + 1."""
     batch = collate([[example] for example in examples])
     labels = torch.full_like(batch.input_ids, IGNORE)
     labels[:, batch.positions + 1] = batch.targets
-    inputs = {"input_ids": batch.input_ids, "labels": labels}
+    given = {"input_ids": batch.input_ids, "labels": labels}
     optional = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    return inputs | {name: tensor for name, tensor in optional.items() if tensor is not None}
+    return given | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
 
 def _clock() -> Any:

@@ -31,7 +31,7 @@ UNSUPPORTED = (
     "layer_replication", "megatron_config", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
     "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank can be
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank can be
 
 
 def import_adapter(chain: Chain, folder: Path) -> SealedLink:

@@ -76,6 +76,8 @@ class ChainCallback(TrainerCallback):
         self.config = _checked(method, {key: value for key, value in keys.items() if value is not None})
         self.schedule: Schedule | None = None
         self._load_hook: Any = None
+        if getattr(chain.model, "is_quantized", False):  # the Trainer asks for adapters on it, and knows PEFT's only
+            chain.model._hf_peft_config_loaded = True
         self._loaded: dict[str, Tensor] = {}  # samples of what the Trainer's model file holds
 
     # --- the Trainer's events -----------------------------------------------------------------------------------------
@@ -92,6 +94,7 @@ class ChainCallback(TrainerCallback):
                 "ChainCallback works in a single process on one device, but the Trainer is set up for several: start "
                 "it without a distributed launcher, with CUDA_VISIBLE_DEVICES naming one GPU."
             )
+        vars(self.chain.model).pop("_hf_peft_config_loaded", None)
         self._load_hook = model.register_load_state_dict_pre_hook(self._load_nothing)
 
     def on_train_begin(

@@ -119,6 +119,7 @@ class TrainConfig:
     clip: float | None = 1.0  # gradient norm
     activation_checkpointing: bool = False
     shard: bool = False  # of several processes, each keeps its share of the base's weights (FSDP2), not all of them
+    use_liger: bool = False  # liger-kernel's norms, RoPE, SwiGLU and loss; off, with a note, where there is no GPU
     seed: int = 0
     eval_every: int | None = None  # steps; the end of every link is always evaluated
     eval_batch_size: int = 16

@@ -44,11 +44,13 @@ def accelerate_peft(model: nn.Module) -> DropInReport:
 
     A layer falls back to PEFT's own forward, call by call, whenever its state asks for something else: adapters
     disabled, merged, several active at once, or mixed in a batch; DoRA and the other variants; a bias on the adapter.
-    Call it again after adding adapters to further layers.
+    Base weights may be NF4 (bitsandbytes); FP4 and LLM.int8 ones stay with PEFT. Call it again after adding adapters to
+    further layers.
 
     Outputs and gradients are PEFT's up to rounding. One difference is by design: with fp32 adapters on a 16-bit model
-    PEFT computes the low-rank branch in fp32, whereas the op uses the factors in the activations' dtype, accumulates in
-    fp32, and returns fp32 gradients. Second derivatives (double backward) are not available until `undo`.
+    PEFT computes the low-rank branch in fp32, whereas the op uses the factors in the activations' dtype (beside NF4
+    weights: in the layer's compute dtype), accumulates in fp32, and returns fp32 gradients. Second derivatives (double
+    backward) are not available until `undo`.
 
     Args:
         model: a `PeftModel`, or any module that contains PEFT's LoRA layers; changed in place.

@@ -104,15 +104,20 @@ def context_length(model: nn.Module) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
 
 
+def inputs(batch: Any) -> dict[str, Any]:
+    """What a model is called with."""
+    given = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    optional = {key: value for key, value in given.items() if value is not None}
+    return {"input_ids": batch.input_ids, "use_cache": False, **optional}
+
+
 def needed_logits(model: nn.Module, batch: Any) -> Tensor:
     """`[B, P, V]`: logits at `batch.positions` only. The output head is a large share of a small model's work, and its
     logits of a long batch's memory."""
-    options = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    arguments = {key: value for key, value in options.items() if value is not None}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(batch.input_ids, use_cache=False, logits_to_keep=batch.positions, **arguments).logits
+        logits = model(**inputs(batch), logits_to_keep=batch.positions).logits
     else:
-        logits = model(batch.input_ids, use_cache=False, **arguments).logits[:, batch.positions]
+        logits = model(**inputs(batch)).logits[:, batch.positions]
     return cast(Tensor, logits)
 
 

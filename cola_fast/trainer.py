@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import metrics, plot, world
-from .batches import Feed, batch_loss, check_packing, check_padding, wants_flat
+from . import liger, metrics, plot, world
+from .batches import Batch, Feed, batch_loss, check_packing, check_padding, wants_flat
 from .best import save_best
 from .calibration import Sample, draw
 from .chain import Chain, attach, load_chain
@@ -123,8 +124,13 @@ def train(config: Config, *, quiet: bool = False) -> Result:
         if not quiet:
             for note in data.notes:
                 print(f"data: {note}", file=sys.stderr)
-        loop = _Loop(config, run.path, model, chain, data, schedule, feed, state, quiet)
-        return loop.run()
+        obstacle = liger.obstacle(model) if config.train.use_liger else None
+        if obstacle and not quiet:
+            print(f"liger-kernel is off: {obstacle}", file=sys.stderr)
+        use_liger = config.train.use_liger and not obstacle
+        with liger.kernels(model) if use_liger else nullcontext():
+            loss = liger.summed_loss if use_liger else _summed_loss
+            return _Loop(config, run.path, model, chain, data, schedule, feed, state, loss, quiet).run()
 
 
 def _load_model(config: Config) -> tuple[nn.Module, torch.device | None]:
@@ -177,6 +183,10 @@ def _original(config: Config) -> nn.Module | None:
     return load_model(replace(config.model, load_in_4bit=False, device="cpu"))
 
 
+def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return batch_loss(needed_logits(model, batch), batch)[0]
+
+
 class _Loop:
     def __init__(
         self,
@@ -188,10 +198,12 @@ class _Loop:
         schedule: Schedule,
         feed: Feed,
         state: dict[str, Any] | None,
+        summed_loss: Callable[[nn.Module, Batch], Tensor],
         quiet: bool,
     ) -> None:
         self.config, self.path, self.model, self.chain = config, run, model, chain
         self.data, self.schedule, self.feed, self.quiet = data, schedule, feed, quiet
+        self.summed_loss = summed_loss
         self.device = next(model.parameters()).device
         self.at = Position()
         self.resumed = state is not None
@@ -268,7 +280,7 @@ class _Loop:
                 torch.manual_seed(derive_seed(t.seed, "dropout", at.step * t.accumulation + number))
                 self.chain.grouping.held = number >= world.size()
                 batch = batches[number].to(self.device)
-                part = batch_loss(needed_logits(self.model, batch), batch)[0] / labelled
+                part = self.summed_loss(self.model, batch) / labelled
                 part.backward()
                 loss += part.detach()
         self._share_gradients(loss)

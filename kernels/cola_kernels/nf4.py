@@ -213,7 +213,7 @@ def unpack_nf4_(weight: Tensor) -> None:
         ValueError: no quant_state, or not NF4.
     """
     state: Any = getattr(weight, "quant_state", None)
-    if state is None or not getattr(state, "packing_format_for_cpu", False):
+    if state is None or state.quant_type != "nf4" or not getattr(state, "packing_format_for_cpu", False):
         read(weight)
         return
     n, k = state.shape
