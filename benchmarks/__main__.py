@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from .registry import SUITES, Options, Plotted
+
+UNFINISHED = 3  # exit code: the time was up; the same command goes on
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,14 +59,15 @@ def _run(name: str, out: Path | None, options: Options) -> int:
             harness.write_result(out, {**header, "complete": False, **measured})
 
     try:
-        measured = suite.run(replace(options, keep=keep))
+        measured = suite.run(replace(options, keep=keep, found=_unfinished(out, header)))
     except harness.ParityError as error:
         print(f"No numbers, because the sides do not agree. {error}", file=sys.stderr)
         return 1
     except ImportError as error:
         print(f"{name} needs what it compares with: pip install -e '.[demo,peers]' ({error}).", file=sys.stderr)
         return 1
-    result = {**header, "complete": True, **measured}
+    left = bool(measured.get("left"))
+    result = {**header, "complete": not left, **measured}
     for table in suite.tables(result).values():
         print(table, end="\n\n")
     for refused in measured.get("refused", []):
@@ -73,7 +77,17 @@ def _run(name: str, out: Path | None, options: Options) -> int:
         print(f"written to {out}")
         if hasattr(suite, "plot"):
             cast(Plotted, suite).plot(result, out.with_suffix(".png"))
-    return 1 if measured.get("refused") else 0
+    return 1 if measured.get("refused") else UNFINISHED if left else 0
+
+
+def _unfinished(out: Path | None, header: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run of the same suite on the same commit and device has left in `out`, if its time was up."""
+    if out is None or not out.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    same = all(found[key] == header[key] for key in ("suite", "quick"))
+    same = same and all(found["environment"][key] == header["environment"][key] for key in ("device", "commit"))
+    return found if same and not found["complete"] else {}
 
 
 def _report(readme: Path) -> int:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-VERSIONS = ("torch", "triton", "transformers", "peft", "accelerate")
+VERSIONS = ("torch", "triton", "transformers", "peft", "accelerate", "trl", "bitsandbytes", "liger-kernel", "unsloth")
 
 
 class ParityError(Exception):
@@ -183,6 +183,7 @@ def environment() -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device().type == "cuda" else _cpu_model()
     return {
         "device": name,
+        "gpu": device().type == "cuda",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability()

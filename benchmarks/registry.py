@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,6 +17,7 @@ class Options:
     quick: bool = False  # a minute's look; for a GPU suite a rehearsal in small, on a CPU if need be
     full: bool = False  # every combination
     seconds: float = math.inf  # start nothing after that, and return what there is
+    found: Mapping[str, Any] = field(default_factory=dict)  # what an unfinished run has kept, to go on from
     keep: Callable[[Mapping[str, Any]], None] = lambda measured: None  # takes what has been measured so far
 
 
@@ -60,6 +61,7 @@ SUITES = {
     "convergence": Entry(
         "Do the Triton kernels train, compile and replay like the reference?", "benchmarks.convergence"
     ),
+    "memory": Entry("How much memory does a step need, here and in PEFT, and does --dry-run say so?", "benchmarks.memory"),
     "step_time": Entry(
         "How long do a LoRA linear and a whole training step take, beside PEFT and transformers' Trainer?",
         "benchmarks.step_time",

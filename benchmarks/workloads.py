@@ -76,13 +76,14 @@ class Workload:
     rank: int = 16
     dropout: float = 0.0
     dtype: str = "bf16"
-    targets: str = "all-linear"
+    targets: str | tuple[str, ...] = "all-linear"
 
     def __str__(self) -> str:
         words = [self.model, "QLoRA" if self.in_4bit else self.dtype, f"{self.batch} x {self.length}"]
         words += [f"R = {self.rank}", f"dropout {self.dropout:g}"]
         words += ["checkpointing"] * self.checkpointing + ["packed"] * self.packing
-        return ", ".join([*words, *([self.targets] if self.targets != "all-linear" else [])])
+        words += [] if isinstance(self.targets, str) else [" and ".join(self.targets)]
+        return ", ".join(words)
 
     def config(self, steps: int) -> Config:
         """As `cola train` takes it: one link of `steps` steps, nothing evaluated."""
@@ -105,7 +106,7 @@ class Workload:
                     "r": self.rank,
                     "alpha": 2 * self.rank,
                     "dropout": self.dropout,
-                    "targets": self.targets,
+                    "targets": self.targets if isinstance(self.targets, str) else list(self.targets),
                     "rounding": "nearest",  # the knot at the end is not timed: the quicker one
                 },
                 "schedule": {"steps": steps, "lr": 1e-3, "lr_shape": "constant"},
