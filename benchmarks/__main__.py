@@ -1,4 +1,4 @@
-"""`python -m benchmarks list | run SUITE | gpu | report`. Run from the root of the repository."""
+"""`python -m benchmarks list | run SUITE | cpu | gpu | report`. Run from the root of the repository."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from .registry import SUITES, Options, Plotted
-
-UNFINISHED = 3  # exit code: the time was up; the same command goes on
+from .registry import SUITES, UNFINISHED, Options, Plotted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     whole.add_argument("--out", type=Path, required=True, help="the folder of all results")
     whole.add_argument("--seconds", type=float, default=540, help="for all of it (default: 540)")
     whole.add_argument("--quick", action="store_true", help="a rehearsal in small; on the CPU where there is no GPU")
+    small = commands.add_parser("cpu", help="every suite of speed and memory for a CPU, and whether one became slower")
+    small.add_argument("--quick", action="store_true", help="a minute's look, in a temporary folder")
     report = commands.add_parser("report", help="print the tables of all results and update those of the README")
     report.add_argument("--readme", type=Path, default=Path("README.md"))
     chosen = parser.parse_args(arguments)
@@ -43,6 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         from . import gpu
 
         return gpu.main(chosen.out, chosen.seconds, quick=chosen.quick)
+    if chosen.command == "cpu":
+        from . import cpu
+
+        return cpu.main(quick=chosen.quick)
     return _report(chosen.readme)
 
 
@@ -77,7 +81,24 @@ def _run(name: str, out: Path | None, options: Options) -> int:
         print(f"written to {out}")
         if hasattr(suite, "plot"):
             cast(Plotted, suite).plot(result, out.with_suffix(".png"))
-    return 1 if measured.get("refused") else UNFINISHED if left else 0
+    slower = [] if options.quick else _compare(name, result)
+    return 1 if measured.get("refused") or slower else UNFINISHED if left else 0
+
+
+def _compare(name: str, result: Mapping[str, Any]) -> list[Any]:
+    """What has become slower since the last committed result of this device, printed."""
+    from . import regression
+
+    old = regression.last_committed(name, result["environment"])
+    if old is None:
+        print(f"{name}: no committed result of this device to compare with")
+        return []
+    found = regression.slower(result, old)
+    since = f"commit {(old['environment']['commit'] or 'unknown')[:10]}"
+    print(f"{name}: {len(found) or 'nothing'} slower than at {since}, beyond the spread")
+    for each in found:
+        print(f"  {each}", file=sys.stderr)
+    return found
 
 
 def _unfinished(out: Path | None, header: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,8 +191,8 @@ def environment() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{package: _version(package) for package in VERSIONS},
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("BENCHMARK_COMMIT"),  # a copy without .git
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!README.md", ":!benchmarks/results")),
+        "commit": git("rev-parse", "HEAD") or os.environ.get("BENCHMARK_COMMIT"),  # a copy without .git
+        "dirty": bool(git("status", "--porcelain", "--", ".", ":!README.md", ":!benchmarks/results")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -237,7 +237,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What git prints in this repository; None where it fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 
+UNFINISHED = 3  # exit code: the time was up; the same command goes on
+
+
 @dataclass(frozen=True)
 class Options:
     """How much to measure. A suite for which one of these means nothing ignores it."""
@@ -62,8 +65,12 @@ SUITES = {
         "Do the Triton kernels train, compile and replay like the reference?", "benchmarks.convergence"
     ),
     "memory": Entry("How much memory does a step need, here and in PEFT, and does --dry-run say so?", "benchmarks.memory"),
-    "step_time": Entry(
-        "How long do a LoRA linear and a whole training step take, beside PEFT and transformers' Trainer?",
-        "benchmarks.step_time",
+    "overhead": Entry(
+        "What does a chain cost above plain LoRA, and the trainer above a bare loop?", "benchmarks.overhead"
     ),
+    "linears": Entry(
+        "How long do the LoRA linears of a small model take on a CPU, beside PEFT's?", "benchmarks.linears"
+    ),
+    "profile": Entry("Where does the time of one training step go?", "benchmarks.profile"),
+    "train": Entry("How fast is a whole training step, beside other trainers?", "benchmarks.train"),
 }

@@ -58,6 +58,9 @@ class Problem:
     """A configuration's steps and batches: `config.schedule.steps` of them, read by the clock every `span`."""
 
     def __init__(self, config: Config, span: int | None = None) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         steps = config.schedule.steps
         assert steps is not None
         self.config, self.steps, self.span = config, steps, span or steps
