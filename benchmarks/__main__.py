@@ -6,12 +6,12 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from .registry import SUITES, UNFINISHED, Options, Plotted
+from .registry import SUITES, UNFINISHED, Charted, Options, Plotted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,8 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     whole.add_argument("--quick", action="store_true", help="a rehearsal in small; on the CPU where there is no GPU")
     small = commands.add_parser("cpu", help="every suite of speed and memory for a CPU, and whether one became slower")
     small.add_argument("--quick", action="store_true", help="a minute's look, in a temporary folder")
-    report = commands.add_parser("report", help="print the tables of all results and update those of the README")
-    report.add_argument("--readme", type=Path, default=Path("README.md"))
+    report = commands.add_parser("report", help="draw the page of all results, and write the tables in the texts")
+    texts = [Path("README.md"), Path("benchmarks/PROFILE.md"), Path("benchmarks/SCALING.md")]
+    report.add_argument("--into", type=Path, nargs="+", default=texts, help="whose tables to write")
+    report.add_argument("--page", type=Path, default=Path("benchmarks/report.html"))
     chosen = parser.parse_args(arguments)
     if chosen.command == "list":
         for name, entry in SUITES.items():
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         from . import cpu
 
         return cpu.main(quick=chosen.quick)
-    return _report(chosen.readme)
+    return _report(chosen.into, chosen.page)
 
 
 def _run(name: str, out: Path | None, options: Options) -> int:
@@ -111,28 +113,37 @@ def _unfinished(out: Path | None, header: Mapping[str, Any]) -> dict[str, Any]:
     return found if same and not found["complete"] else {}
 
 
-def _report(readme: Path) -> int:
+def _report(texts: Sequence[Path], page: Path) -> int:
     from cola_fast import methods
 
-    from . import harness
+    from . import harness, scaling
+    from .page import page as drawn
     from .report import fill
 
-    blocks = {"methods": methods.table()}
+    blocks = {"methods": methods.table(), **scaling.tables()}
+    sections = []
     for name, entry in SUITES.items():
+        suite, shown = entry.load(), []
         for result in harness.read_results(name):
-            for block, table in entry.load().tables(result).items():
+            tables = suite.tables(result)
+            charts = cast(Charted, suite).charts(result) if hasattr(suite, "charts") else []
+            shown.append((result, charts, tables))
+            for block, table in tables.items():
                 blocks[block] = f"{blocks[block]}\n\n{table}" if block in blocks else table
+        sections.append((name, entry.question, shown))
     for block, table in blocks.items():
         print(f"<!-- benchmark:{block} -->\n{table}\n<!-- end -->\n")
-    text = readme.read_text(encoding="utf-8")
-    try:
-        filled = fill(text, blocks)
-    except ValueError as error:
-        print(f"{readme} was not touched. {error}", file=sys.stderr)
-        return 1
-    if filled != text:
-        readme.write_text(filled, encoding="utf-8")
-        print(f"{readme} updated")
+    filled = {}
+    for path in texts:
+        try:
+            filled[path] = fill(path.read_text(encoding="utf-8"), blocks)
+        except ValueError as error:
+            print(f"Nothing was written: {path.name} cannot be. {error}", file=sys.stderr)
+            return 1
+    for path, text in {**filled, page: drawn(sections)}.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"{path} written")
     return 0
 
 

@@ -13,7 +13,7 @@ Forward and backward (dX, dA, dB) of the linears of SmolLM2-135M, one by one, fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from cola_fast.layer import LoRALinear
 
 from . import harness
+from .charts import Bar, Chart
 from .layers import our_noise, peft_layers
 from .registry import Options
 from .report import describe, markdown, spread
@@ -181,9 +182,8 @@ _BLOCK_NOTE = (
 )
 
 
-def _block_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _blocks(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]], dict[str, list[float]]]]:
     """A whole block: each round's times of the four shapes, added up as often as a block has them."""
-    lines = []
     for dtype, dropout, tokens in dict.fromkeys((r["dtype"], r["dropout"], r["tokens"]) for r in rows):
         shapes = [r for r in rows if (r["dtype"], r["dropout"], r["tokens"]) == (dtype, dropout, tokens)]
         block = {
@@ -193,20 +193,37 @@ def _block_table(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
             for name in shapes[0]["samples"]
         }
-        against = {name: harness.Spread.of_ratio(block["ours"], block[name]) for name in block if name != "ours"}
+        yield f"{dtype}, dropout {dropout:g}, M = {tokens}", shapes, block
+
+
+def _block_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for name, shapes, block in _blocks(rows):
+        against = {side: harness.Spread.of_ratio(block["ours"], block[side]) for side in block if side != "ours"}
+        ratios = {side: spread(asdict(ratio)) for side, ratio in against.items()}
         worst = max(shapes, key=lambda r: r["ratio"]["peft"]["median"])
         lines.append(
             [
-                f"{dtype}, dropout {dropout:g}, M = {tokens}",
-                *(f"{1e3 * harness.Spread.of(block[name]).median:.2f}" for name in ("frozen", "ours", "peft")),
-                spread(asdict(against["frozen"])),
-                f"**{spread(asdict(against['peft']))}**",
+                name,
+                *(f"{1e3 * harness.Spread.of(block[side]).median:.2f}" for side in ("frozen", "ours", "peft")),
+                ratios["frozen"],
+                f"**{ratios['peft']}**",
                 f"{worst['ratio']['peft']['median']:.2f} ({worst['shape']})",
-                spread(asdict(against["peft_bf16"])) if "peft_bf16" in against else "",
+                ratios.get("peft_bf16", ""),
             ]
         )
     header = ["", "frozen, ms", "ours, ms", "PEFT, ms", "ours / frozen", "ours / PEFT", "worst", "ours / PEFT bf16"]
     return markdown(header, lines)
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    titles = {"ours": "cola_fast", "peft": "PEFT, fp32 adapters", "peft_bf16": "PEFT, bf16 adapters"}
+    rows = []
+    for name, _, block in _blocks(result["rows"]):
+        above = {side: harness.Spread.of_ratio(block[side], block["frozen"]) for side in titles if side in block}
+        rows.append((name, [Bar(titles[side], r.median, r.q1, r.q3) for side, r in above.items()]))
+    title = "The linears of a SmolLM2-135M block, forward and backward"
+    return [Chart(title, "time / the frozen linears' time", rows, floor=(1.0, "the frozen linears alone"))]
 
 
 def _shape_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from cola_fast.report import plan_run
 
 from . import harness, legs
+from .charts import Bar, Chart
 from .legs import Leg
 from .registry import Options
 from .report import describe, markdown
@@ -97,6 +98,16 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         "memory-peak": f"{_peak_table(compared)}\n\n{note} {describe(result)}",
         "memory-model": f"{_model_table(rows)}\n\nThe same count. {describe(result)}",
     }
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    titles = {"ours": "cola_fast", "peft": "transformers Trainer + PEFT"}
+    rows = []
+    for row in result["rows"]:
+        bars = [Bar(titles[side], peak / MIB) for side, peak in row["peak_bytes"].items()]
+        rows.append((row["case"], [*bars, Bar("expected by --dry-run", row["predicted_bytes"] / MIB)]))
+    title = "Peak memory of a training step, the model's weights with it"
+    return [Chart(title, "MiB (lower is better)", rows, digits=0)]
 
 
 def _on_gpu(result: Mapping[str, Any]) -> bool:

@@ -32,6 +32,7 @@ from cola_fast.config import Config
 from cola_fast.models import needed_logits
 
 from . import harness
+from .charts import Bar, Chart
 from .registry import Options
 from .report import describe, markdown
 from .workloads import Workload
@@ -177,6 +178,18 @@ _KNOT_NOTE = (
     f"Medians of the {LINKS - 1} knots of a run of {LINKS} links; the share is that of a knot every {BETWEEN_KNOTS} "
     "steps. Save: the state to resume from, on disk and synchronised. R = 16 on all linears, stochastic rounding."
 )
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    knots = [(row["case"], [Bar("knots", 100 * row["share"])]) for row in result["knots"]]
+    more = []
+    for row in result["trainer"]:
+        ratio = harness.Spread(**row["ratio"]["bare"])
+        more.append((row["case"], [Bar("trainer", *(100 * (r - 1) for r in (ratio.median, ratio.q1, ratio.q3)))]))
+    return [
+        Chart(f"A knot every {BETWEEN_KNOTS} steps", "% of plain LoRA's training time", knots),
+        Chart("The trainer above a bare loop", "% of the bare loop's step, median and quartiles", more, signed=True),
+    ]
 
 
 def _trainer_table(rows: list[Mapping[str, Any]]) -> str:

@@ -23,6 +23,7 @@ from cola_fast.batches import Batch, Feed, batch_loss
 from cola_fast.data import load_data
 
 from . import harness
+from .charts import Bar, Chart
 from .registry import Options
 from .report import describe, markdown
 from .workloads import Workload
@@ -159,6 +160,14 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         "profile-kinds": f"{markdown(header, lines)}\n\n{note}. {describe(result)}",
         "profile-largest": f"{markdown(['', 'operator', 'calls a step', 'ms a step'], largest)}\n\n{describe(result)}",
     }
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    rows = [(row["case"], [Bar(kind, 1e3 * s) for kind, s in row["kinds"].items()]) for row in result["rows"]]
+    return [
+        Chart(f"One step: {case}", "ms a step, under the profiler", [(bar.series, [Bar("ms", bar.value)]) for bar in bars], digits=0)
+        for case, bars in rows
+    ]
 
 
 def _sizes(shapes: list[list[int]]) -> str:

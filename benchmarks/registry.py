@@ -7,7 +7,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from .charts import Chart
 
 
 UNFINISHED = 3  # exit code: the time was up; the same command goes on
@@ -42,6 +45,12 @@ class Plotted(Protocol):
     def plot(self, result: Mapping[str, Any], path: Path) -> None:
         """Write one picture of a result, as PNG."""
         ...
+
+
+class Charted(Protocol):
+    """A suite whose results are bars on the page of `python -m benchmarks report`."""
+
+    def charts(self, result: Mapping[str, Any]) -> list[Chart]: ...
 
 
 @dataclass(frozen=True)

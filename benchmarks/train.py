@@ -19,6 +19,7 @@ import torch
 from cola_fast.models import resolve_dtype
 
 from . import harness, legs, trainers, workloads
+from .charts import Bar, Chart
 from .legs import Leg
 from .registry import Options
 from .report import describe, markdown, spread
@@ -218,6 +219,23 @@ def _note(result: Mapping[str, Any]) -> str:
     ]
     parts += [f"Not measured: {'; '.join(sorted(skipped))}."] if skipped else []
     return " ".join(parts)
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    rows = [*([result["demo"]] if result["demo"] else []), *result["rows"]]
+    speeds = [(row["case"], [_speed(row, side) for side in row["seconds"]]) for row in rows]
+    found = [Chart("Whole training steps", "tokens / s (higher is better), median and quartiles", speeds, digits=0)]
+    peaks = [
+        (row["case"], [Bar(TITLES[side], peak / 2**30) for side, peak in row["peak_bytes"].items()])
+        for row in result["rows"]
+        if all(row["peak_bytes"].values())
+    ]
+    return [*found, Chart("Peak memory of the same", "GiB (lower is better)", peaks, digits=1)]
+
+
+def _speed(row: Mapping[str, Any], side: str) -> Bar:
+    tokens, taken = row["tokens_per_step"], harness.Spread(**row["seconds"][side])
+    return Bar(TITLES[side], tokens / taken.median, tokens / taken.q3, tokens / taken.q1)
 
 
 def _demo_table(demo: Mapping[str, Any]) -> str:
