@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -105,9 +104,11 @@ def _compare(name: str, result: Mapping[str, Any]) -> list[Any]:
 
 def _unfinished(out: Path | None, header: Mapping[str, Any]) -> dict[str, Any]:
     """What a run of the same suite on the same commit and device has left in `out`, if its time was up."""
+    from . import harness
+
     if out is None or not out.is_file():
         return {}
-    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    found = harness.read(out)
     same = all(found[key] == header[key] for key in ("suite", "quick"))
     same = same and all(found["environment"][key] == header["environment"][key] for key in ("device", "commit"))
     return found if same and not found["complete"] else {}

@@ -72,7 +72,9 @@ def draw(chart: Chart) -> str:
         parts.append(f'<text class="says" x="{x(at) + 4:.1f}" y="{TOP - 8}">{escape(says)}</text>')
     width, height = LABELS + AREA + VALUES, bottom + BOTTOM
     svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
-    legend = "".join(f'<span class="key"><i class="s{i}"></i>{escape(name)}</span>' for i, name in enumerate(chart.series))
+    legend = "".join(
+        f'<span class="key"><i class="s{i}"></i>{escape(name)}</span>' for i, name in enumerate(chart.series)
+    )
     legend = f'<div class="legend">{legend}</div>' if len(chart.series) > 1 else ""
     note = f"<figcaption>{escape(chart.note)}</figcaption>" if chart.note else ""
     return f"<figure><h3>{escape(chart.title)}</h3>{legend}{svg}{note}</figure>"
@@ -92,7 +94,9 @@ def _bar(chart: Chart, bar: Bar, place: Callable[[float], float], y: float) -> s
     if bar.low is not None and bar.high is not None:
         a, b = place(bar.low), place(bar.high)
         right = max(right, b)
-        parts.append(f'<path class="whisker" d="M{a:.1f} {middle:.1f}H{b:.1f}M{a:.1f} {y + 4:.1f}v7M{b:.1f} {y + 4:.1f}v7"/>')
+        parts.append(
+            f'<path class="whisker" d="M{a:.1f} {middle:.1f}H{b:.1f}M{a:.1f} {y + 4:.1f}v7M{b:.1f} {y + 4:.1f}v7"/>'
+        )
     text = f"{bar.value:{'+' if chart.signed else ''},.{chart.digits}f}"
     parts.append(f'<text class="value" x="{right + 6:.1f}" y="{middle + 4:.1f}">{text}</text>')
     return "".join(parts)

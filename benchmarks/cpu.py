@@ -1,7 +1,7 @@
 """`python -m benchmarks cpu`: every suite of speed and memory that a CPU answers, one after the other, then the report.
 
-Each is a process of its own, writes its result under benchmarks/results/, and compares it with the last committed one of
-the same machine. The others (demo, knot, quality and whatever trains for long) are run by name.
+Each is a process of its own, writes its result under benchmarks/results/, and compares it with the last committed one
+of the same machine. The others (demo, knot, quality and whatever trains for long) are run by name.
 """
 
 from __future__ import annotations

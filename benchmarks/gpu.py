@@ -13,7 +13,6 @@ JSON a suite.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -65,7 +64,8 @@ def stages(out: Path, *, quick: bool) -> list[Stage]:
 
 # the last can go on where they stopped: they take what is left
 _SUITES = {
-    "lora_linear": 0.3, "kernels": 0.2, "convergence": 0.25, "train": 1.0, "memory": 1.0, "overhead": 1.0, "profile": 1.0,
+    "lora_linear": 0.3, "kernels": 0.2, "convergence": 0.25,
+    "train": 1.0, "memory": 1.0, "overhead": 1.0, "profile": 1.0,
 }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def _earlier(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """The summary of an earlier call on the same commit and device; without one, nothing."""
     if not path.is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found = harness.read(path)
     same = all(found["environment"][key] == summary["environment"][key] for key in ("device", "commit", "dirty"))
     return found if same and found["quick"] == summary["quick"] else {}
 

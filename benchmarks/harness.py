@@ -215,9 +215,14 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     unfinished.replace(path)
 
 
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def read_results(suite: str) -> list[dict[str, Any]]:
     """Of every device, in the order of the file names."""
-    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{suite}-*.json")))
+    found = map(read, sorted(RESULTS.glob(f"{suite}-*.json")))
     return [result for result in found if result["suite"] == suite]
 
 

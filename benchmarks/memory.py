@@ -33,7 +33,7 @@ COMPARED = ("ours", "peft")
 def cases(kind: str, *, quick: bool) -> list[tuple[Workload, tuple[str, ...]]]:
     """Workloads with the sides to measure: those to compare first, then those that only try the model."""
     if quick:
-        return [(Workload("tiny", 64, 2, in_4bit=four), COMPARED) for four in (False, True)]
+        return [(Workload("tiny", 64, 2), COMPARED)]
     base = Workload("Llama-8B", 2048, 4) if kind == "cuda" else Workload("SmolLM2-135M", 512, 1)
     compared = [
         (replace(base, in_4bit=four, checkpointing=checkpointing, dropout=dropout), COMPARED)

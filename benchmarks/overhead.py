@@ -54,6 +54,8 @@ def run(options: Options) -> dict[str, Any]:
         beside.append({"case": str(workload), **harness.summarise(_beside(workload, rounds[workload.model]), "ours")})
     knots = []
     for kind, in_4bit in BASES.items():
+        if options.quick and kind != "dense":
+            continue
         workload = replace(base, in_4bit=in_4bit)
         harness.say(f"knots, {kind}: {workload}")
         knots.append({"case": f"{workload}, {kind}", "base": kind, **_knots(workload, kind)})
@@ -122,7 +124,13 @@ def _knots(workload: Workload, kind: str) -> dict[str, Any]:
     gaps = [
         (end, begin) for (_, end), (begin, _) in pairwise(steps) if any(end <= t[0] <= begin for t in spent["_knot"])
     ]
-    parts = {"save": "_save", "seal and fold": "tie", "next link": "extend", "optimizer": "make_optimizer", "plot": "draw"}
+    parts = {
+        "save": "_save",
+        "seal and fold": "tie",
+        "next link": "extend",
+        "optimizer": "make_optimizer",
+        "plot": "draw",
+    }
     within = {
         part: [sum(b - a for a, b in spent[name] if start <= a <= stop) for start, stop in gaps]
         for part, name in parts.items()
@@ -171,8 +179,8 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 _TRAINER_NOTE = (
-    "Medians of single steps, ratios of interleaved pairs with quartiles. Bare: forward, loss, backward, clipping, AdamW "
-    "on the same model, link, optimizer and batch. Random weights, sdpa attention."
+    "Medians of single steps, ratios of interleaved pairs with quartiles. Bare: forward, loss, backward, clipping, AdamW"
+    " on the same model, link, optimizer and batch. Random weights, sdpa attention."
 )
 _KNOT_NOTE = (
     f"Medians of the {LINKS - 1} knots of a run of {LINKS} links; the share is that of a knot every {BETWEEN_KNOTS} "

@@ -1,4 +1,4 @@
-"""`python -m benchmarks report` draws one page: pictures and tables of all results, with nothing fetched from elsewhere."""
+"""The page of `python -m benchmarks report`: pictures and tables of all results, with nothing fetched from elsewhere."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ code { font-size: .92em; } nav { font-size: .9rem; } nav a { margin-right: 1rem;
 """ + "".join(f".s{i} {{ fill: var(--s{i}); background: var(--s{i}); }}\n" for i in range(7))
 
 
-def page(sections: Sequence[tuple[str, str, Sequence[tuple[Mapping[str, Any], Sequence[Chart], Mapping[str, str]]]]]) -> str:
+def page(
+    sections: Sequence[tuple[str, str, Sequence[tuple[Mapping[str, Any], Sequence[Chart], Mapping[str, str]]]]],
+) -> str:
     """HTML of (suite, its question, (result, charts, tables) of each device); a suite without results says so."""
     parts, links = [], []
     for name, question, results in sections:

@@ -1,7 +1,7 @@
 """Where does the time of one training step go, and what would be the next 10 %?
 
-A step of a plain loop (forward, loss, backward, clipping, AdamW; what the trainer adds is in `overhead`) under PyTorch's
-profiler, with shapes. Operators are put together by what they are for; times are their own, without the operators that
+A step of a plain loop (forward, loss, backward, clipping, AdamW; what the trainer adds is in `overhead`) under
+PyTorch's profiler, with shapes. Operators are put together by what they are for; times are their own, without the operators that
 they call, so that they add up to the step. On a GPU the same of its kernels.
 """
 
@@ -152,7 +152,12 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         f"{1e3 * row['seconds_without_profiler']:.0f} ms" for row in rows
     )
     largest = [
-        [row["case"], f"`{each['operator']}` {_sizes(each['shapes'])}", f"{each['calls']:.0f}", f"{1e3 * each['seconds']:.1f}"]
+        [
+            row["case"],
+            f"`{each['operator']}` {_sizes(each['shapes'])}",
+            f"{each['calls']:.0f}",
+            f"{1e3 * each['seconds']:.1f}",
+        ]
         for row in rows
         for each in row["largest"]
     ]
@@ -165,7 +170,12 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
 def charts(result: Mapping[str, Any]) -> list[Chart]:
     rows = [(row["case"], [Bar(kind, 1e3 * s) for kind, s in row["kinds"].items()]) for row in result["rows"]]
     return [
-        Chart(f"One step: {case}", "ms a step, under the profiler", [(bar.series, [Bar("ms", bar.value)]) for bar in bars], digits=0)
+        Chart(
+            f"One step: {case}",
+            "ms a step, under the profiler",
+            [(bar.series, [Bar("ms", bar.value)]) for bar in bars],
+            digits=0,
+        )
         for case, bars in rows
     ]
 

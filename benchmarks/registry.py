@@ -73,7 +73,9 @@ SUITES = {
     "convergence": Entry(
         "Do the Triton kernels train, compile and replay like the reference?", "benchmarks.convergence"
     ),
-    "memory": Entry("How much memory does a step need, here and in PEFT, and does --dry-run say so?", "benchmarks.memory"),
+    "memory": Entry(
+        "How much memory does a step need, here and in PEFT, and does --dry-run say so?", "benchmarks.memory"
+    ),
     "overhead": Entry(
         "What does a chain cost above plain LoRA, and the trainer above a bare loop?", "benchmarks.overhead"
     ),

@@ -138,7 +138,9 @@ def _models() -> str:
             ]
         )
     header = ["", "parameters, 10^9", "bf16, GB", "NF4, GB", "link with AdamW, GB"]
-    return markdown([*header, "L where the ledger doubles the FLOPs", "L where NF4 + ledger is as large as bf16"], lines)
+    return markdown(
+        [*header, "L where the ledger doubles the FLOPs", "L where NF4 + ledger is as large as bf16"], lines
+    )
 
 
 def _gpus() -> str:

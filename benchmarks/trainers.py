@@ -182,7 +182,7 @@ TITLES = {
     "ours": "cola_fast",
     "ours_all_logits": "cola_fast, made to compute all logits",
     "peft": "transformers Trainer + PEFT",
-    "liger": "the same + Liger",
+    "liger": "transformers Trainer + PEFT + Liger",
     "trl": "TRL SFTTrainer + PEFT",
     "unsloth": "Unsloth",
     "full": "Trainer, full fine-tuning",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from cola_fast import assets, config, models
+from cola_fast import assets, config
 from cola_fast.config import Config
 
 from . import harness
@@ -157,9 +157,7 @@ def model_folder(name: str) -> Path:
 def _make_model(name: str) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    shape = LlamaConfig(
-        **SHAPES[name], max_position_embeddings=16384, bos_token_id=0, eos_token_id=1, pad_token_id=1
-    )
+    shape = LlamaConfig(**SHAPES[name], max_position_embeddings=16384, bos_token_id=0, eos_token_id=1, pad_token_id=1)
     torch.manual_seed(0)
     with harness.device():
         return AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)

@@ -110,8 +110,8 @@ def _most_in_a_step(model: nn.Module, batch: Batch, device: torch.device) -> int
 
 
 def _leave_out_the_mask(model: Any) -> None:
-    """transformers looks at position_ids for whether SDPA needs a mask written out, and on fake tensors always writes it.
-    For an attention that it knows nothing of, it writes none."""
+    """Whether SDPA needs a mask written out, transformers reads off position_ids. Fake ones cannot be read, so it would
+    write one. For an attention that it knows nothing of, it writes none."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

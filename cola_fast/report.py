@@ -75,8 +75,8 @@ def dry_run(config: Config) -> str:
         f"link       {plan.layers} layers, {need.trained:,} trainable parameters ({percent})",
         *([] if c.ranks == "uniform" else [f"           at rank {c.r}; {c.ranks} chooses ranks before it trains"]),
         *(f"data       {note}" for note in plan.data.notes),
-        f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(plan.feed)} batches an epoch, "
-        f"lr {config.schedule.lr:g} {config.schedule.lr_shape}, {config.schedule.lr_span}",
+        f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(plan.feed)} batches an epoch,"
+        f" lr {config.schedule.lr:g} {config.schedule.lr_shape}, {config.schedule.lr_span}",
     ]
     step = 0
     for span in schedule.spans:
