@@ -179,8 +179,8 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 _TRAINER_NOTE = (
-    "Medians of single steps, ratios of interleaved pairs with quartiles. Bare: forward, loss, backward, clipping, AdamW"
-    " on the same model, link, optimizer and batch. Random weights, sdpa attention."
+    "Medians of single steps, ratios of interleaved pairs with quartiles. Bare: forward, loss, backward, clipping, "
+    "AdamW on the same model, link, optimizer and batch. Random weights, sdpa attention."
 )
 _KNOT_NOTE = (
     f"Medians of the {LINKS - 1} knots of a run of {LINKS} links; the share is that of a knot every {BETWEEN_KNOTS} "

@@ -1,4 +1,4 @@
-"""The page of `python -m benchmarks report`: pictures and tables of all results, with nothing fetched from elsewhere."""
+"""The page of `python -m benchmarks report`: pictures and tables of all results, nothing fetched from elsewhere."""
 
 from __future__ import annotations
 

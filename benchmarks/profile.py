@@ -1,8 +1,8 @@
 """Where does the time of one training step go, and what would be the next 10 %?
 
 A step of a plain loop (forward, loss, backward, clipping, AdamW; what the trainer adds is in `overhead`) under
-PyTorch's profiler, with shapes. Operators are put together by what they are for; times are their own, without the operators that
-they call, so that they add up to the step. On a GPU the same of its kernels.
+PyTorch's profiler, with shapes. Operators are put together by what they are for; times are their own, without the
+operators that they call, so that they add up to the step. On a GPU the same of its kernels.
 """
 
 from __future__ import annotations

@@ -217,9 +217,9 @@ def _note(result: Mapping[str, Any]) -> str:
     samples = len(next(iter(rows[0]["samples"].values()))) if rows else 0
     attention = ", ".join(sorted({row["attention"] for row in rows}))
     parts = [
-        f"Random weights, fp32 factors and AdamW on all linears, {attention} attention on all sides, Liger only where it"
-        f" says so. Medians of {samples} interleaved samples with quartiles. Utilisation: FLOPs of the model itself over"
-        f" {peak['flops'] / 1e12:,.1f} TFLOP/s ({peak['source']})."
+        f"Random weights, fp32 factors and AdamW on all linears, {attention} attention on all sides, Liger only where "
+        f"it says so. Medians of {samples} interleaved samples with quartiles. Utilisation: FLOPs of the model itself "
+        f"over {peak['flops'] / 1e12:,.1f} TFLOP/s ({peak['source']})."
     ]
     parts += [f"Not measured: {'; '.join(sorted(skipped))}."] if skipped else []
     return " ".join(parts)
