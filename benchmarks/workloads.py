@@ -128,7 +128,7 @@ class Workload:
         block = 2 * hidden * (hidden + kv) + 3 * hidden * s["intermediate_size"]
         weights = layers * block + hidden * s["vocab_size"]
         attention = 6 * layers * hidden * self.length * (0.35 if self.packing else 1)  # of a row, the mean token's own
-        return tokens * ((6 if full else 4) * weights + attention)
+        return float(tokens * ((6 if full else 4) * weights + attention))
 
 
 def demo(steps: int, dtype: str) -> Config:
