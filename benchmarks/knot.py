@@ -31,6 +31,7 @@ from cola_fast.models import context_length, load_model, load_tokenizer
 from cola_fast.trainer import train
 
 from . import harness
+from .charts import Bar, Chart
 from .registry import Options
 from .report import describe, markdown
 
@@ -157,6 +158,15 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         "knot-kept": f"{_kept_table(result['kept'])}\n\n{_kept_note(result['kept'])} {describe(result)}",
         "knot-time": f"{_time_table(result['time'])}\n\n{describe(result)}",
     }
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    runs, rows = result["kept"], []
+    for name in runs[0]["gain_kept"]:
+        gains = [run["gain_kept"][name] for run in runs]
+        rows.append((name, [Bar("gain kept", sum(gains) / len(gains), min(gains), max(gains))]))
+    unit = f"share of the link's gain, mean of {len(runs)} seeds with the lowest and the highest"
+    return [Chart("What a knot keeps in four bits", unit, rows, floor=(1.0, "all of it"))]
 
 
 def _kept_table(runs: list[Mapping[str, Any]]) -> str:
