@@ -62,12 +62,8 @@ def stages(out: Path, *, quick: bool) -> list[Stage]:
     ]
 
 
-_OF_MODELS = (
-    "train",
-    "memory",
-    "overhead",
-    "profile",
-)  # they take what is left; the first two go on where they stopped
+# they take what is left, and the first two go on where they stopped
+_OF_MODELS = ("train", "memory", "overhead", "profile")
 _SUITES = {"lora_linear": 0.3, "kernels": 0.2, "convergence": 0.25, **dict.fromkeys(_OF_MODELS, 1.0)}
 
 
