@@ -26,7 +26,7 @@ from cola_fast.layer import is_nf4
 from cola_fast.models import resolve_dtype
 from cola_kernels import nf4_dequantize
 
-from . import harness, trainers
+from . import harness, trainers, workloads
 from .registry import Options
 from .report import describe, markdown
 
@@ -37,14 +37,15 @@ Inputs = Mapping[str, Tensor]
 
 
 def run(options: Options) -> dict[str, Any]:
-    began, problem = time.monotonic(), trainers.Problem(STEPS, "auto")
+    began, problem = time.monotonic(), trainers.Problem(workloads.demo(STEPS, "auto"))
     size = problem.config.train.batch_size
-    batches = [_inputs(problem.examples[i * size : (i + 1) * size]) for i in range(STEPS)]
-    alike = _inputs([e for e in problem.examples if len(e) == len(problem.examples[0])])  # fp64 makes NaN of padding
+    batches = [_inputs(problem.rows[i * size : (i + 1) * size]) for i in range(STEPS)]
+    shortest = min(len(row[0]) for row in problem.rows)
+    alike = _inputs([row for row in problem.rows if len(row[0]) == shortest])  # fp64 makes NaN of padding
     measured: dict[str, Any] = {
         "dtype": str(resolve_dtype("auto", harness.device())).removeprefix("torch."),
         "attention": problem.attention,
-        "tokens_per_step": sum(len(example) for example in problem.examples) / STEPS,
+        "tokens_per_step": sum(problem.tokens) / STEPS,
         "timed_steps": STEPS,
         "rows": [],
     }
@@ -52,13 +53,13 @@ def run(options: Options) -> dict[str, Any]:
         if in_4bit and importlib.util.find_spec("bitsandbytes") is None:
             continue  # the table says so
         config = replace(problem.config, model=replace(problem.config.model, load_in_4bit=in_4bit))
-        parity = _parity(base, config, problem, alike)
+        parity = _parity(base, config, alike)
         for dropout in DROPOUTS:
             if time.monotonic() - began > options.seconds:
                 break
             harness.say(f"{base}, dropout {dropout:g}")
             chosen = replace(config, chain=replace(config.chain, dropout=dropout))
-            model = trainers.peft_model(chosen, problem.initial).train()
+            model = trainers.peft_model(chosen).train()
             samples = _sample(model, chosen, batches, rounds=2 if options.quick else 9)
             measured["rows"].append(
                 {"base": base, "dropout": dropout, "parity": parity, **harness.summarise(samples, "accelerated")}
@@ -67,8 +68,8 @@ def run(options: Options) -> dict[str, Any]:
     return measured
 
 
-def _inputs(examples: list[Example]) -> Inputs:
-    return {key: tensor.to(harness.device()) for key, tensor in trainers.inputs(examples).items()}
+def _inputs(rows: list[list[Example]]) -> Inputs:
+    return {key: tensor.to(harness.device()) for key, tensor in trainers.inputs(rows).items()}
 
 
 def _sample(model: nn.Module, config: Config, batches: list[Inputs], *, rounds: int) -> dict[str, list[float]]:
@@ -100,9 +101,9 @@ def _step(model: nn.Module, config: Config, batches: list[Inputs]) -> Callable[[
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
-def _parity(base: str, config: Config, problem: trainers.Problem, batch: Inputs) -> dict[str, float]:
+def _parity(base: str, config: Config, batch: Inputs) -> dict[str, float]:
     """Logits and all gradients of the accelerated model within the error rule, without dropout."""
-    model = trainers.peft_model(config, problem.initial).train()
+    model = trainers.peft_model(config).train()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start, where A has no gradient
@@ -110,9 +111,7 @@ def _parity(base: str, config: Config, problem: trainers.Problem, batch: Inputs)
     eager = _passes(model, batch)
     accelerate_peft(model)
     found = _passes(model, batch)
-    return harness.require_parity(
-        f"{base}, accelerated", found, eager, _passes(_in_fp64(model, config, problem), batch)
-    )
+    return harness.require_parity(f"{base}, accelerated", found, eager, _passes(_in_fp64(model, config), batch))
 
 
 def _passes(model: nn.Module, batch: Inputs) -> dict[str, Tensor]:
@@ -123,10 +122,10 @@ def _passes(model: nn.Module, batch: Inputs) -> dict[str, Tensor]:
     return {"logits": output.logits.detach()} | {name: torch.cat(flat) for name, flat in parts.items()}
 
 
-def _in_fp64(model: nn.Module, config: Config, problem: trainers.Problem) -> nn.Module:
+def _in_fp64(model: nn.Module, config: Config) -> nn.Module:
     """What the weights of `model` stand for, 4-bit ones too, in a plain PEFT model."""
     dense = replace(config, model=replace(config.model, load_in_4bit=False))
-    truth: nn.Module = trainers.peft_model(dense, problem.initial).train().double()
+    truth: nn.Module = trainers.peft_model(dense).train().double()
     for name, module in model.named_modules():
         for key, value in module.named_parameters(recurse=False):
             quantised = key == "weight" and is_nf4(module)

@@ -25,6 +25,7 @@ from cola_fast.models import context_length, forbid_repacking, load_model, load_
 from cola_fast.trainer import train
 
 from . import harness
+from .charts import Bar, Chart
 from .registry import Options
 from .report import describe, markdown
 
@@ -96,6 +97,15 @@ def _gains(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def tables(result: Mapping[str, Any]) -> dict[str, str]:
     return {"knot-kept": f"{_kept_table(result['kept'])}\n\n{_kept_note(result['kept'])} {describe(result)}"}
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    runs, rows = result["kept"], []
+    for name in runs[0]["gain_kept"]:
+        gains = [run["gain_kept"][name] for run in runs]
+        rows.append((name, [Bar("gain kept", sum(gains) / len(gains), min(gains), max(gains))]))
+    unit = f"share of the link's gain, mean of {len(runs)} seeds with the lowest and the highest"
+    return [Chart("What a knot keeps in four bits", unit, rows, floor=(1.0, "all of it"))]
 
 
 def _kept_table(runs: list[Mapping[str, Any]]) -> str:

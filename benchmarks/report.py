@@ -33,6 +33,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def spread(values: Mapping[str, float]) -> str:
+    """A ratio's median and quartiles, from JSON."""
+    return f"{values['median']:.2f} ({values['q1']:.2f} to {values['q3']:.2f})"
+
+
 def describe(result: Mapping[str, Any]) -> str:
     """One line under a table: on what, with what, from which source."""
     env = result["environment"]
