@@ -52,6 +52,7 @@ class Entry:
 SUITES = {
     "demo": Entry("What does the demo reach, and how long does it take?", "benchmarks.demo"),
     "gelora": Entry("How does the intrinsic dimension change with depth, and which ranks follow?", "benchmarks.gelora"),
+    "quality": Entry("Does a chain learn more than LoRA at the same cost?", "benchmarks.quality"),
     "knot": Entry("What does a knot cost, and what does it keep, in 16 and in 4 bits?", "benchmarks.knot"),
     "lora_linear": Entry(
         "What does a LoRA linear cost above its frozen linear on a GPU, here and elsewhere?", "benchmarks.lora_linear"
