@@ -21,16 +21,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from . import harness
-from .quality_arms import ARMS, Diverged, Training
+from .quality_arms import ARMS, BATCH, Diverged, Training
 from .quality_problems import MODELS, Scores, Teacher
 from .quality_tables import draw, quality_tables
 from .registry import Options
 
 LADDER = [digit * 10.0**power for power in range(-6, 0) for digit in (1, 2, 5)]
 SWEEP_SEED = 1000  # none of the paired ones
-EXTRA = 300  # training sentences that join the 200 of the validation set
+EXTRA = 200  # training sentences that join the 200 of the validation set
 MAIN = ("frozen", "lora", "lora-restarts", "lora-24", "cola-3", "rac-lora", "full")
-STARTS = {"minilm": {"full": 2e-5, "": 5e-4}, "smollm2": {"full": 5e-6, "": 2e-4}}  # the lowest of the first four
+STARTS = {  # the lowest of the first four rates, by model and arm
+    "minilm": {"full": 5e-5, "rac-lora": 1e-3, "": 5e-4},
+    "smollm2": {"full": 1e-5, "rac-lora": 5e-4, "": 2e-4},
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ class Job:
 
 
 SETTINGS = (
-    Setting("minilm", "movie", tuple(ARMS), steps=60, seeds=5, items=600),
-    Setting("minilm", "amazon", tuple(ARMS), steps=60, seeds=5, items=600),
-    Setting("smollm2", "movie", MAIN, steps=40, seeds=3, items=400),
+    Setting("minilm", "movie", tuple(ARMS), steps=84, seeds=5, items=600),
+    Setting("minilm", "amazon", tuple(ARMS), steps=84, seeds=5, items=600),
+    Setting("smollm2", "movie", MAIN, steps=48, seeds=3, items=400),
 )
 FULL = tuple(
     Setting(model, task, tuple(ARMS), steps=300, seeds=5, items=600) for model in MODELS for task in ("movie", "amazon")
@@ -149,7 +152,7 @@ def finished(settings: Sequence[Setting], folder: Path) -> dict[Setting, dict[st
 
 
 def _size(setting: Setting) -> dict[str, int]:
-    return {"steps": setting.steps, "items": setting.items}
+    return {"steps": setting.steps, "batch": BATCH, "extra": EXTRA, "items": setting.items}
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------

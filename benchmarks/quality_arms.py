@@ -24,7 +24,7 @@ R = 8
 SCALE = 2.0  # of a link, at every rank: alpha = 2 R
 WARMUP = 0.1  # share of each span of the learning rate
 CLIP = 1.0
-BATCH = 16
+BATCH = 8
 
 
 @dataclass(frozen=True)
