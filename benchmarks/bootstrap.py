@@ -25,10 +25,10 @@ class Interval:
 def interval(scores: Tensor) -> Interval:
     """Of the mean of `scores` [seeds, items]: for a paired difference, hand in the differences.
 
-    Seeds are drawn with replacement, then items, the same ones for every seed, since that is how the scores were made:
-    S seeds crossed with I items (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2), 2007). What varies
-    from score to score counts too much, what varies with the seed too little, by 1 / S. The ends are percentiles; the
-    draws are always the same.
+    Seeds are drawn with replacement, then items, the same ones for every seed, as the scores are of S seeds crossed
+    with I items (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2), 2007). What varies from score to
+    score counts too much, what varies with the seed too little, by 1 / S. The ends are percentiles, the draws always
+    the same.
     """
     low, high = torch.quantile(means(scores), torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
     return Interval(float(scores.double().mean()), float(low), float(high))

@@ -1,9 +1,9 @@
 """Does a chain learn more than LoRA at the same cost?
 
-Every arm of `quality_arms` gets the same steps, batches and seeds. Its learning rate is swept on the validation set with a
-seed of its own, over four values of a ladder and on from there while the best is at an edge; that rate then meets the
-test set with the paired seeds. Every run is a JSON file in `benchmarks/results/quality/`, so a stopped sweep goes on
-where it was, and several processes share it; what is published holds all of them.
+Every arm of `quality_arms` gets the same steps, batches and seeds. Its learning rate is swept on the validation set
+with a seed of its own, over four values of a ladder and on from there while the best is at an edge; that rate then
+meets the test set with the paired seeds. Every run is a JSON file in `benchmarks/results/quality/`, so a stopped
+evaluation goes on where it was, and several processes share it; what is published holds all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .quality_tables import draw, quality_tables
 from .registry import Options
 
 LADDER = [digit * 10.0**power for power in range(-6, 0) for digit in (1, 2, 5)]
+FOLDER = "quality"  # in benchmarks/results, for what is not published as it is
 SWEEP_SEED = 1000  # none of the paired ones
 EXTRA = 200  # training sentences that join the 200 of the validation set
 MAIN = ("frozen", "lora", "lora-restarts", "lora-24", "cola-3", "rac-lora", "full")
@@ -68,7 +69,7 @@ class Job:
 SETTINGS = (
     Setting("minilm", "movie", tuple(ARMS), steps=84, seeds=5, items=600),
     Setting("minilm", "amazon", tuple(ARMS), steps=84, seeds=5, items=600),
-    Setting("smollm2", "movie", MAIN, steps=48, seeds=3, items=400),
+    Setting("smollm2", "movie", MAIN, steps=36, seeds=3, items=400),
 )
 FULL = tuple(
     Setting(model, task, tuple(ARMS), steps=300, seeds=5, items=600) for model in MODELS for task in ("movie", "amazon")
@@ -78,16 +79,14 @@ QUICK = (Setting("minilm", "movie", ("lora", "cola-2"), steps=4, seeds=1, items=
 
 def run(options: Options) -> dict[str, Any]:
     settings = QUICK if options.quick else FULL if options.full else SETTINGS
-    folder = harness.RESULTS / "quality"
-    if options.quick:
-        folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp()) if options.quick else harness.RESULTS / FOLDER
     try:
         began = time.perf_counter()
         while time.perf_counter() - began < options.seconds and work(settings, folder):
             pass
         done = finished(settings, folder)
         left = sum(1 for _ in pending(settings, done))
-        teacher = teach(100 if options.quick else 500)
+        teacher = [] if left else teach(50 if options.quick else 500)
     finally:
         if options.quick:
             shutil.rmtree(folder)
@@ -141,7 +140,7 @@ def _loss(record: Mapping[str, Any]) -> float:
 
 
 def finished(settings: Sequence[Setting], folder: Path) -> dict[Setting, dict[str, Any]]:
-    """The records in `folder`, by setting and file name. Those of a setting that has been changed since do not count."""
+    """The records in `folder`, by setting and file name. Those of a setting that has changed since do not count."""
     found: dict[Setting, dict[str, Any]] = {setting: {} for setting in settings}
     for setting in settings:
         for path in sorted(folder.glob(f"{setting.name}-*.json")):
@@ -182,7 +181,7 @@ def perform(job: Job, folder: Path) -> dict[str, Any]:
     """Train, score. A run that diverges has no loss."""
     began, setting, arm = time.perf_counter(), job.setting, ARMS[job.arm]
     problem = MODELS[setting.model](setting.task, job.seed, full=arm.full, items=setting.items, extra=EXTRA)
-    ranks = _gelora(job, problem, folder) if arm.gelora is not None else None
+    ranks = gelora_pattern(setting.name, job.arm, problem, folder)
     training = Training(problem, arm, setting.steps, job.lr, job.seed, ranks)
     try:
         training.run()
@@ -205,12 +204,14 @@ def _summary(scores: Scores, *, items: bool) -> dict[str, Any]:
     return found
 
 
-def _gelora(job: Job, problem: Any, folder: Path) -> dict[str, int]:
-    """Measured once for a model and a task: module -> rank."""
+def gelora_pattern(setting: str, arm: str, problem: Any, folder: Path) -> dict[str, int] | None:
+    """Module -> rank, measured once for a setting; None for an arm without GeLoRA."""
     from cola_fast import gelora_ranks
 
-    mean = ARMS[job.arm].gelora
-    path = folder / f"ranks-{job.setting.name}-{job.arm}.json"
+    mean = ARMS[arm].gelora
+    if mean is None:
+        return None
+    path = folder / f"ranks-{setting}-{arm}.json"
     if not path.exists():
         ranks = gelora_ranks(problem.model, problem.states_batches(), mean_rank=mean or None)
         harness.write_result(path, ranks)

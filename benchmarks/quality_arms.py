@@ -1,8 +1,9 @@
 """The arms of the evaluation, and the one loop that trains them all.
 
-What differs between arms is what `Arm` says; steps, batches, warm-up, clipping and AdamW are the same. Every restart gives
-the links a new optimizer and the learning rate's curve from its start. A problem's head, where it has one, is trained by
-an AdamW of its own at a fixed rate, on one curve over all steps, which no restart touches: in all arms alike.
+What differs between arms is what `Arm` says; steps, batches, warm-up, clipping and AdamW are the same. Every restart
+gives the links a new optimizer and the learning rate's curve from its start. A problem's head, where it has one, is
+trained by an AdamW of its own at a fixed rate, on one curve over all steps, which no restart touches: in all arms
+alike.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Training:
     seed: int
     rank_pattern: Mapping[str, int] | None = None  # for an arm with GeLoRA's ranks
     targets: str | Sequence[str] = "all-linear"
-    trained: int = field(default=0, init=False)  # numbers that the first link holds, or the model where all of it learns
+    trained: int = field(default=0, init=False)  # numbers in the first link, or in a model that is trained whole
 
     def run(self) -> None:
         """All steps. Raises Diverged."""
@@ -96,9 +97,7 @@ class Training:
             rank=R,
             steps_per_epoch=1,
         )
-        whole = plan(
-            ScheduleConfig(steps=self.steps, lr=problem.head_lr, warmup=WARMUP), rank=R, steps_per_epoch=1
-        )
+        whole = plan(ScheduleConfig(steps=self.steps, lr=problem.head_lr, warmup=WARMUP), rank=R, steps_per_epoch=1)
         batches = Sampler(problem.lengths, min(BATCH, len(problem.lengths)), seed=self.seed)
         chain = self._attach()
         if chain is None and not arm.full and not problem.head:

@@ -44,9 +44,8 @@ class Task(Problem, Protocol):
 
 
 class Classifier:
-    """all-MiniLM-L6-v2, the mean of its last states, a linear head. fp32 weights; products in bf16 where that is native.
-
-    No dropout. `extra` training sentences from the end join the validation set.
+    """all-MiniLM-L6-v2, the mean of its last states, a linear head: fp32 weights, and products in bf16 where the device
+    has them. No dropout. `extra` training sentences from the end join the validation set.
     """
 
     head_lr = HEAD_LR
@@ -56,9 +55,9 @@ class Classifier:
 
         folder = assets.minilm()
         self.device = harness.device()
-        self.model: nn.Module = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).to(self.device).eval()
+        self.model: nn.Module = (
+            AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(self.device).eval()
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         width = int(getattr(self.model.config, "hidden_size"))  # noqa: B009
         self.linear = nn.utils.skip_init(nn.Linear, width, 2)
@@ -111,8 +110,11 @@ class Verbaliser:
     def __init__(self, task: str, seed: int, *, full: bool, items: int, extra: int) -> None:
         files = assets.sentiment(task)
         config = demo_config(
-            [*(f"data.{name}={path}" for name, path in files.items()), "data.limit=2000"]
-            + [f"model.dtype={'fp32' if full else 'auto'}"]
+            [
+                *(f"data.{name}={path}" for name, path in files.items()),
+                "data.limit=2000",
+                f"model.dtype={'fp32' if full else 'auto'}",
+            ]
         )
         self.model = load_model(config.model)
         self.device = next(self.model.parameters()).device

@@ -58,7 +58,7 @@ def tested(result: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, T
 def quality_tables(result: Mapping[str, Any]) -> dict[str, str]:
     settings = [(setting, tested(result, setting)) for setting in result["settings"]]
     settings = [(setting, arms) for setting, arms in settings if "lora" in arms]
-    blocks = {"quality-teacher": _teacher(result["teacher"])}
+    blocks = {"quality-teacher": _teacher(result["teacher"])} if result["teacher"] else {}
     if settings:
         parts = [f"{_title(setting, arms)}\n\n{_table(arms)}" for setting, arms in settings]
         blocks["quality"] = "\n\n".join([*parts, _note(result)])
@@ -123,9 +123,9 @@ def _share(found: Interval | None) -> str:
 def _note(result: Mapping[str, Any]) -> str:
     return (
         "± is the standard deviation over seeds; in brackets the 95 % bootstrap interval of the paired difference, over "
-        "seeds and sentences, bold where it leaves out 0, not corrected for the number of arms. Gap closed: the arm's gain "
-        "over LoRA as a share of full fine-tuning's; no gap: full fine-tuning's own interval does not lie above LoRA. "
-        f"trained: of the first link. {describe(result)}"
+        "seeds and sentences, bold where it leaves out 0, not corrected for the number of arms. Gap closed: the arm's "
+        "gain over LoRA as a share of full fine-tuning's; no gap: the interval of full fine-tuning's gain does not lie "
+        f"above 0. Trained: numbers in one link (the first), without the head. {describe(result)}"
     )
 
 
@@ -154,7 +154,8 @@ def _verdict(setting: Mapping[str, Any], arms: Mapping[str, Tested]) -> str:
     accuracy, loss = arms["cola-3"].accuracy_over(arms["lora"]), arms["cola-3"].loss_over(arms["lora"])
     return (
         f"- {_short(setting)}: COLA (K = 3) − LoRA (R = {R}) is {_plain(accuracy, 1)} points of test accuracy, "
-        f"{_word(accuracy.low, accuracy.high)}, and {_plain(loss, 3)} nats of test loss, {_word(-loss.high, -loss.low)}."
+        f"{_word(accuracy.low, accuracy.high)}, and {_plain(loss, 3)} nats of test loss, "
+        f"{_word(-loss.high, -loss.low)}."
     )
 
 
