@@ -33,7 +33,7 @@ EXTRA = 200  # training sentences that join the 200 of the validation set
 MAIN = ("frozen", "lora", "lora-restarts", "lora-24", "cola-3", "rac-lora", "full")
 STARTS = {  # the lowest of the first four rates, by model and arm
     "minilm": {"full": 5e-5, "rac-lora": 1e-3, "": 5e-4},
-    "smollm2": {"full": 1e-5, "rac-lora": 5e-4, "": 2e-4},
+    "smollm2": {"full": 2e-5, "rac-lora": 5e-4, "": 2e-4},
 }
 
 
@@ -68,7 +68,7 @@ class Job:
 
 SETTINGS = (
     Setting("minilm", "movie", tuple(ARMS), steps=84, seeds=5, items=600),
-    Setting("minilm", "amazon", tuple(ARMS), steps=84, seeds=5, items=600),
+    Setting("minilm", "amazon", tuple(ARMS), steps=60, seeds=5, items=600),
     Setting("smollm2", "movie", MAIN, steps=36, seeds=3, items=400),
 )
 FULL = tuple(

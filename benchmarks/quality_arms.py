@@ -57,10 +57,20 @@ ARMS = {
 class Problem(Protocol):
     """A model with something to learn."""
 
-    model: nn.Module
-    head: list[nn.Parameter]  # trained beside the model in every arm
     head_lr: float
-    lengths: Sequence[int]  # of the training examples
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def head(self) -> Sequence[nn.Parameter]:
+        """Trained beside the model in every arm."""
+        ...
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Of the training examples."""
+        ...
 
     def loss(self, examples: Sequence[int]) -> Tensor:
         """The mean over these training examples, with a gradient."""

@@ -55,12 +55,10 @@ class Classifier:
 
         folder = assets.minilm()
         self.device = harness.device()
-        self.model: nn.Module = (
-            AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(self.device).eval()
-        )
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        self.model: Any = model.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        width = int(getattr(self.model.config, "hidden_size"))  # noqa: B009
-        self.linear = nn.utils.skip_init(nn.Linear, width, 2)
+        self.linear = nn.utils.skip_init(nn.Linear, self.model.config.hidden_size, 2)
         _draw(self.linear, seed)
         self.linear.to(self.device)
         self.head = list(self.linear.parameters())
@@ -104,7 +102,7 @@ class Classifier:
 class Verbaliser:
     """SmolLM2-135M and the demo's template. bf16 weights; to train them all, fp32 weights with products in bf16."""
 
-    head: list[nn.Parameter] = []  # noqa: RUF012
+    head: tuple[nn.Parameter, ...] = ()
     head_lr = 0.0
 
     def __init__(self, task: str, seed: int, *, full: bool, items: int, extra: int) -> None:
@@ -154,7 +152,7 @@ MODELS: dict[str, Callable[..., Task]] = {"minilm": Classifier, "smollm2": Verba
 class Teacher:
     """A linear layer whose target differs from it by a matrix of rank 32; the loss is the squared distance left."""
 
-    head: list[nn.Parameter] = []  # noqa: RUF012
+    head: tuple[nn.Parameter, ...] = ()
     head_lr = 0.0
     lengths = (1,)
 

@@ -122,10 +122,10 @@ def _share(found: Interval | None) -> str:
 
 def _note(result: Mapping[str, Any]) -> str:
     return (
-        "± is the standard deviation over seeds; in brackets the 95 % bootstrap interval of the paired difference, over "
-        "seeds and sentences, bold where it leaves out 0, not corrected for the number of arms. Gap closed: the arm's "
-        "gain over LoRA as a share of full fine-tuning's; no gap: the interval of full fine-tuning's gain does not lie "
-        f"above 0. Trained: numbers in one link (the first), without the head. {describe(result)}"
+        "± is the standard deviation over seeds; in brackets the 95 % bootstrap interval of the paired difference, "
+        "over seeds and sentences, bold where it leaves out 0, not corrected for the number of arms. Gap closed: the "
+        "arm's gain over LoRA as a share of full fine-tuning's; no gap: the interval of full fine-tuning's gain does "
+        f"not lie above 0. Trained: numbers in one link (the first), without the head. {describe(result)}"
     )
 
 
