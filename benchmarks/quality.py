@@ -79,7 +79,7 @@ QUICK = (Setting("minilm", "movie", ("lora", "cola-2"), steps=4, seeds=1, items=
 
 def run(options: Options) -> dict[str, Any]:
     settings = QUICK if options.quick else FULL if options.full else SETTINGS
-    folder = Path(tempfile.mkdtemp()) if options.quick else harness.RESULTS / FOLDER
+    folder = Path(tempfile.mkdtemp()) if options.quick else harness.RESULTS / FOLDER / ("full" if options.full else "")
     try:
         began = time.perf_counter()
         while time.perf_counter() - began < options.seconds and work(settings, folder):

@@ -65,7 +65,8 @@ def quality_tables(result: Mapping[str, Any]) -> dict[str, str]:
         blocks["quality-contrasts"] = _contrasts(settings)
         blocks["quality-verdict"] = "\n".join(_verdict(setting, arms) for setting, arms in settings)
     if result["left"]:
-        blocks["quality-progress"] = f"At least {result['left']} runs are left: the same command goes on."
+        left = f"At least {result['left']} runs are left: the same command goes on."
+        blocks["quality"] = f"{blocks['quality']} {left}" if settings else left
     return blocks
 
 
