@@ -69,7 +69,7 @@ class Job:
 SETTINGS = (
     Setting("minilm", "movie", tuple(ARMS), steps=84, seeds=5, items=600),
     Setting("minilm", "amazon", tuple(ARMS), steps=60, seeds=5, items=600),
-    Setting("smollm2", "movie", MAIN, steps=36, seeds=3, items=400),
+    Setting("smollm2", "movie", MAIN, steps=30, seeds=3, items=400),
 )
 FULL = tuple(
     Setting(model, task, tuple(ARMS), steps=300, seeds=5, items=600) for model in MODELS for task in ("movie", "amazon")
