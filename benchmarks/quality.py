@@ -8,6 +8,7 @@ evaluation goes on where it was, and several processes share it; what is publish
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -171,6 +172,7 @@ def work(settings: Sequence[Setting], folder: Path) -> bool:
             if not path.exists() or job.name not in finished(settings, folder)[job.setting]:
                 harness.write_result(path, perform(job, folder))
                 harness.say(job.name)
+                gc.collect()  # a model and its chain hold each other
         finally:
             lock.release()
         return True
