@@ -30,7 +30,6 @@ from .registry import Options
 LADDER = [digit * 10.0**power for power in range(-6, 0) for digit in (1, 2, 5)]
 FOLDER = "quality"  # in benchmarks/results, for what is not published as it is
 SWEEP_SEED = 1000  # none of the paired ones
-EXTRA = 200  # training sentences that join the 200 of the validation set
 MAIN = ("frozen", "lora", "lora-restarts", "lora-24", "cola-3", "rac-lora", "full")
 STARTS = {  # the lowest of the first four rates, by model and arm
     "minilm": {"full": 5e-5, "rac-lora": 1e-3, "": 5e-4},
@@ -48,6 +47,7 @@ class Setting:
     steps: int
     seeds: int
     items: int  # of the test set
+    extra: int = 200  # training sentences that join the 200 of the validation set
 
     @property
     def name(self) -> str:
@@ -69,8 +69,8 @@ class Job:
 
 SETTINGS = (
     Setting("minilm", "movie", tuple(ARMS), steps=84, seeds=5, items=600),
-    Setting("minilm", "amazon", tuple(ARMS), steps=60, seeds=5, items=600),
-    Setting("smollm2", "movie", MAIN, steps=30, seeds=3, items=400),
+    Setting("minilm", "amazon", tuple(ARMS), steps=48, seeds=5, items=600),
+    Setting("smollm2", "movie", MAIN, steps=30, seeds=3, items=300, extra=50),
 )
 FULL = tuple(
     Setting(model, task, tuple(ARMS), steps=300, seeds=5, items=600) for model in MODELS for task in ("movie", "amazon")
@@ -152,7 +152,7 @@ def finished(settings: Sequence[Setting], folder: Path) -> dict[Setting, dict[st
 
 
 def _size(setting: Setting) -> dict[str, int]:
-    return {"steps": setting.steps, "batch": BATCH, "extra": EXTRA, "items": setting.items}
+    return {"steps": setting.steps, "batch": BATCH, "extra": setting.extra, "items": setting.items}
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def work(settings: Sequence[Setting], folder: Path) -> bool:
 def perform(job: Job, folder: Path) -> dict[str, Any]:
     """Train, score. A run that diverges has no loss."""
     began, setting, arm = time.perf_counter(), job.setting, ARMS[job.arm]
-    problem = MODELS[setting.model](setting.task, job.seed, full=arm.full, items=setting.items, extra=EXTRA)
+    problem = MODELS[setting.model](setting.task, job.seed, full=arm.full, items=setting.items, extra=setting.extra)
     ranks = gelora_pattern(setting.name, job.arm, problem, folder)
     training = Training(problem, arm, setting.steps, job.lr, job.seed, ranks)
     try:

@@ -21,7 +21,7 @@ from benchmarks.quality_problems import Scores
 from benchmarks.quality_tables import quality_tables
 
 SETTING = Setting("minilm", "movie", ("lora", "cola-2"), steps=4, seeds=2, items=6)
-SIZE = {"steps": 4, "batch": BATCH, "extra": quality.EXTRA, "items": 6}
+SIZE = {"steps": 4, "batch": BATCH, "extra": SETTING.extra, "items": 6}
 
 
 class Tiny:
