@@ -1,0 +1,203 @@
+"""The tables, the sentences and the plot of `quality`, from its runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bootstrap import Interval, interval, share, spread
+from .quality_arms import ARMS, BATCH, R
+from .report import describe, markdown
+
+NAMES = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
+CONTRASTS = (  # arm, what it is compared with, what that shows
+    ("cola-3", "lora-restarts", "the merge, with the schedule the same"),
+    ("cola-3", "lora-24", "three links, or one of their summed rank"),
+    ("cola-3", "rac-lora", "training A, too"),
+    ("gelora-8", "lora", "GeLoRA's ranks, or uniform ones of the same mean"),
+    ("gelora", "lora-1", "GeLoRA's own ranks, or R = 1"),
+)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One arm on the test set, with the learning rate that its sweep chose."""
+
+    lr: float
+    trained: int
+    correct: Tensor  # [seeds, items], 0 or 1
+    losses: Tensor  # [seeds, items], nats
+
+    def accuracy_over(self, other: Tested) -> Interval:
+        """In points."""
+        return interval(100 * (self.correct - other.correct))
+
+    def loss_over(self, other: Tested) -> Interval:
+        return interval(self.losses - other.losses)
+
+
+def tested(result: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, Tested]:
+    """Arm -> its tests, for the arms that have all seeds."""
+    found = {}
+    name = f"{setting['model']}-{setting['task']}"
+    for arm in setting["arms"]:
+        runs = [r for r in result["runs"] if (r["setting"], r["arm"], r["split"]) == (name, arm, "test")]
+        runs = sorted((r for r in runs if r["loss"] is not None), key=lambda r: r["seed"])
+        if len(runs) == setting["seeds"]:
+            correct = torch.tensor([[int(c) for c in run["correct"]] for run in runs], dtype=torch.float64)
+            losses = torch.tensor([[int(x) / 1000 for x in run["losses"].split()] for run in runs], dtype=torch.float64)
+            found[arm] = Tested(runs[0]["lr"], runs[0]["trained"], correct, losses)
+    return found
+
+
+def quality_tables(result: Mapping[str, Any]) -> dict[str, str]:
+    settings = [(setting, tested(result, setting)) for setting in result["settings"]]
+    settings = [(setting, arms) for setting, arms in settings if "lora" in arms]
+    blocks = {"quality-teacher": _teacher(result["teacher"])} if result["teacher"] else {}
+    if settings:
+        parts = [f"{_title(setting, arms)}\n\n{_table(arms)}" for setting, arms in settings]
+        blocks["quality"] = "\n\n".join([*parts, _note(result)])
+        blocks["quality-contrasts"] = _contrasts(settings)
+        blocks["quality-verdict"] = "\n".join(_verdict(setting, arms) for setting, arms in settings)
+    if result["left"]:
+        left = f"At least {result['left']} runs are left: the same command goes on."
+        blocks["quality"] = f"{blocks['quality']} {left}" if settings else left
+    return blocks
+
+
+# --- each arm beside LoRA ---------------------------------------------------------------------------------------------
+
+
+def _title(setting: Mapping[str, Any], arms: Mapping[str, Tested]) -> str:
+    seeds, items = arms["lora"].correct.shape
+    return (
+        f"{NAMES[setting['model']]}, {setting['task']} sentiment: {setting['steps']} steps of {BATCH}, "
+        f"{seeds} seeds, {items} test sentences."
+    )
+
+
+def _table(arms: Mapping[str, Tested]) -> str:
+    lora, full = arms["lora"], arms.get("full")
+    rows = []
+    for name, arm in arms.items():
+        other = name != "lora"
+        closed = ["", ""]
+        if full is not None and name not in ("frozen", "lora", "full"):
+            closed = [
+                _share(share(arm.correct - lora.correct, full.correct - lora.correct)),
+                _share(share(lora.losses - arm.losses, lora.losses - full.losses)),
+            ]
+        rows.append(
+            [
+                ARMS[name].label,
+                f"{arm.trained:,}",
+                f"{arm.lr:g}" if arm.lr else "",
+                _mean(arm.correct),
+                _signed(arm.accuracy_over(lora), 1) if other else "",
+                _mean(arm.losses),
+                _signed(arm.loss_over(lora), 3) if other else "",
+                *closed,
+            ]
+        )
+    header = ["", "trained", "LR", "accuracy", "over LoRA, points", "loss", "over LoRA", "gap closed", "of the loss"]
+    return markdown(header, rows)
+
+
+def _mean(scores: Tensor) -> str:
+    return f"{float(scores.mean()):.3f} ± {spread(scores.mean(1).tolist()):.3f}"
+
+
+def _signed(found: Interval, digits: int) -> str:
+    text = f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
+    return f"**{text}**" if found.excludes(0) else text
+
+
+def _share(found: Interval | None) -> str:
+    return "no gap" if found is None else f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _note(result: Mapping[str, Any]) -> str:
+    return (
+        "± is the standard deviation over seeds; in brackets the 95 % bootstrap interval of the paired difference, "
+        "over seeds and sentences, bold where it leaves out 0, not corrected for the number of arms. Gap closed: the "
+        "arm's gain over LoRA as a share of full fine-tuning's; no gap: the interval of full fine-tuning's gain does "
+        f"not lie above 0. Trained: numbers in one link (the first), without the head. {describe(result)}"
+    )
+
+
+def _contrasts(settings: Sequence[tuple[Mapping[str, Any], Mapping[str, Tested]]]) -> str:
+    rows = []
+    for setting, arms in settings:
+        for name, other, shows in CONTRASTS:
+            if name in arms and other in arms:
+                sides = f"{ARMS[name].label} − {ARMS[other].label}"
+                accuracy, loss = arms[name].accuracy_over(arms[other]), arms[name].loss_over(arms[other])
+                rows.append([_short(setting), sides, shows, _signed(accuracy, 1), _signed(loss, 3)])
+    return markdown(["", "difference", "shows", "accuracy, points", "loss"], rows)
+
+
+def _short(setting: Mapping[str, Any]) -> str:
+    return f"{NAMES[setting['model']]}, {setting['task']}"
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def _verdict(setting: Mapping[str, Any], arms: Mapping[str, Tested]) -> str:
+    """One line: COLA with three links against LoRA."""
+    if "cola-3" not in arms:
+        return f"- {_short(setting)}: not measured."
+    accuracy, loss = arms["cola-3"].accuracy_over(arms["lora"]), arms["cola-3"].loss_over(arms["lora"])
+    return (
+        f"- {_short(setting)}: COLA (K = 3) − LoRA (R = {R}) is {_plain(accuracy, 1)} points of test accuracy, "
+        f"{_word(accuracy.low, accuracy.high)}, and {_plain(loss, 3)} nats of test loss, "
+        f"{_word(-loss.high, -loss.low)}."
+    )
+
+
+def _plain(found: Interval, digits: int) -> str:
+    return _signed(found, digits).strip("*")
+
+
+def _word(low: float, high: float) -> str:
+    return "a gain" if low > 0 else "worse than LoRA" if high < 0 else "no gain shown"
+
+
+def _teacher(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [[row["arm"], ", ".join(f"{left:.4f}" for left in row["left"])] for row in rows]
+    return markdown(["a teacher at a distance of rank 32", "share of the distance² left, by seed"], lines)
+
+
+# --- the plot ---------------------------------------------------------------------------------------------------------
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Every arm's difference to LoRA, with its interval: accuracy above, loss below, a column for each setting."""
+    from matplotlib.figure import Figure
+
+    settings = [(setting, tested(result, setting)) for setting in result["settings"]]
+    settings = [(setting, arms) for setting, arms in settings if len(arms.keys() - {"frozen"}) > 1 and "lora" in arms]
+    if not settings:
+        return
+    figure = Figure(figsize=(4.2 * len(settings) + 1, 7.5), layout="constrained")
+    axes = figure.subplots(2, len(settings), squeeze=False)
+    for column, (setting, arms) in enumerate(settings):
+        shown = [name for name in arms if name not in ("frozen", "lora")][::-1]
+        found = [
+            [arms[name].accuracy_over(arms["lora"]) for name in shown],
+            [arms[name].loss_over(arms["lora"]) for name in shown],
+        ]
+        for axis, intervals, label in zip(axes[:, column], found, ("accuracy, points", "loss, nats"), strict=True):
+            means = [i.mean for i in intervals]
+            ends = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
+            axis.errorbar(means, range(len(shown)), xerr=ends, fmt="o", capsize=3)
+            axis.axvline(0, color="0.6", linewidth=0.8)
+            axis.set_yticks(range(len(shown)), [ARMS[name].label for name in shown])
+            axis.set_xlabel(f"{label}, minus LoRA's")
+        axes[0, column].set_title(_short(setting))
+    figure.savefig(path, dpi=120)
