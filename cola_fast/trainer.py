@@ -34,7 +34,7 @@ from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
 from .link import derive_seed
-from .methods import GRADIENT, PERTURB, RANKS, STATE, WANTS, Wants
+from .methods import GRADIENT, PERTURB, RANKS, STATE, wanted_by
 from .models import checkpoint_activations, context_length, load_model, load_tokenizer, needed_logits
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, set_lr
@@ -128,14 +128,14 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
 def _looked_at(config: Config, data: Data, link: int) -> list[Sample] | None:
     """What the init looks at before a link: training examples drawn by a seed of their own, not from the feed."""
     c, t = config.chain, config.train
-    if WANTS.get(c.init, Wants()).see is None:
+    if wanted_by(c.init).see is None:
         return None
     return draw(data.train, c.calibration, t.batch_size, derive_seed(t.seed, "calibration", link))
 
 
 def _original(config: Config) -> nn.Module | None:
     """The model before it was quantised, if the init wants it; on the CPU."""
-    if not (WANTS.get(config.chain.init, Wants()).corrects and config.model.load_in_4bit):
+    if not (wanted_by(config.chain.init).corrects and config.model.load_in_4bit):
         return None
     return load_model(replace(config.model, load_in_4bit=False, device="cpu"))
 

@@ -25,6 +25,7 @@ from .registry import (
     preset,
     register,
     table,
+    wanted_by,
 )
 
 for _found in sorted(module.name for module in pkgutil.iter_modules(__path__)):
@@ -48,4 +49,5 @@ __all__ = [
     "preset",
     "register",
     "table",
+    "wanted_by",
 ]
