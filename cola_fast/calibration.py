@@ -17,7 +17,7 @@ from .batches import Batch, batch_loss, collate
 from .encode import Example
 from .errors import UserError
 from .layer import LoRALinear, factor_dtype
-from .methods import Wants
+from .methods import Wants, wanted_by
 from .models import needed_logits
 
 
@@ -32,17 +32,23 @@ Batches = Iterable[Mapping[str, Tensor] | Sample]
 
 
 def look(
+    init: str,
     model: nn.Module,
     layers: Mapping[str, LoRALinear],
     ranks: Mapping[str, int],
-    batches: Batches,
-    wants: Wants,
+    batches: Sequence[Mapping[str, Tensor] | Sample],
     seed: int,
 ) -> dict[str, Any]:
-    """Module -> what `wants.see` made of all batches. The layers must have no open link.
+    """Module -> what the init's `see` made of all batches, if it has one. The layers must have no open link.
 
-    Raises UserError where a batch gives no loss or a loss that is not finite, or none passes through a module.
+    Raises UserError if there are no batches, if one gives no loss or a loss that is not finite, or if none passes
+    through a module.
     """
+    wants = wanted_by(init)
+    if wants.see is None:
+        return {}
+    if not batches:
+        raise UserError(f"init {init} starts from training data: give attach or extend a few `batches`.")
     device = next(model.parameters()).device
     seen: dict[str, Any] = {}
     training = model.training

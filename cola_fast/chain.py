@@ -28,7 +28,7 @@ from .identity import base_identity, fingerprint
 from .layer import PARTS, LoRALinear
 from .link import SealedLink, derive_seed, folder_name, summarise
 from .methods import Pair
-from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of, wants_of
+from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of
 from .peft_format import Factors
 from .record import CHAIN_FILE, FORMAT, load_state, read_record, state_files
 from .targets import assign_ranks, select_modules, short_targets
@@ -143,22 +143,15 @@ class Chain:
             self.settings = replace(self.settings, rank_pattern=dict(rank_pattern))
         if batches is not None:
             self.batches = list(batches)
-        ranks, index, wants = self.ranks(r), len(self.links), wants_of(self.settings)
+        ranks, index, init = self.ranks(r), len(self.links), self.settings.init
 
         @cache
         def before() -> dict[str, Factors]:
             return {name: trained for name, (_, trained) in self.links[-1].steps().items()} if self.links else {}
 
         layers = {name: self.layers[name] for name in covered(list(self.layers), self.settings, index)}
-        originals = originals_of(self.settings.init, layers, original) if wants.corrects and index == 0 else {}
-        seen: dict[str, Any] = {}
-        if wants.see is not None:
-            if not self.batches:
-                raise UserError(
-                    f"init {self.settings.init} starts from training data: give attach or extend a few `batches`."
-                )
-            seed = derive_seed(self.settings.seed, "look", index)
-            seen = look(self.model, layers, ranks, self.batches, wants, seed)
+        originals = originals_of(init, index, layers, original)
+        seen = look(init, self.model, layers, ranks, self.batches, derive_seed(self.settings.seed, "look", index))
         first = first_factors(self.settings, index, layers, ranks, before, seen, originals)
         factors = world.lead(lambda: first)
         return self.open_with(factors, starts_of(self.settings, factors))

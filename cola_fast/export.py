@@ -19,7 +19,7 @@ from .adapters import cut_to_rank, error_table, vllm_notes
 from .bases import merge
 from .errors import UserError
 from .layer import PARTS, is_nf4
-from .opening import wants_of
+from .methods import wanted_by
 from .peft_format import Factors
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _merged_state(chain: Chain) -> dict[str, Tensor]:
 
 def _fold_into(model: nn.Module, chain: Chain) -> None:
     """Every link, as it was trained, into the linears of the same names."""
-    if wants_of(chain.settings).corrects:
+    if wanted_by(chain.settings.init).corrects:
         raise UserError(
             f"The first link starts as a correction of the 4-bit weights (init {chain.settings.init}), which the "
             "original ones do not need: export onto the base."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .layer import LoRALinear, factor_dtype, is_nf4
 from .link import derive_seed
-from .methods import GATE, INIT, SCALING, WANTS, Gates, Site, Wants
+from .methods import GATE, INIT, SCALING, Gates, Site, wanted_by
 from .peft_format import Factors
 from .targets import block_of
 
@@ -109,11 +109,16 @@ def first_factors(
     return {name: first(name, layer) for name, layer in layers.items()}
 
 
-def originals_of(init: str, layers: Mapping[str, LoRALinear], original: nn.Module | None) -> dict[str, Tensor]:
-    """Module -> its weight before it was quantised, for the 4-bit ones; `original` is the 16-bit model.
+def originals_of(
+    init: str, index: int, layers: Mapping[str, LoRALinear], original: nn.Module | None
+) -> dict[str, Tensor]:
+    """Module -> its weight before it was quantised, for the 4-bit ones, if the init wants them, which it does for the
+    first link. original: the 16-bit model.
 
     Raises UserError if no layer is 4-bit, if the model is missing, or if it is not what they were quantised from.
     """
+    if index > 0 or not wanted_by(init).corrects:
+        return {}
     quantised = {name: layer for name, layer in layers.items() if is_nf4(layer)}
     if not quantised:
         raise UserError(
@@ -150,7 +155,7 @@ def covered(names: Sequence[str], settings: Settings, index: int) -> list[str]:
 def starts_of(settings: Settings, factors: Mapping[str, Factors]) -> dict[str, Factors]:
     """What the link takes out of the weights: all of the factors if any has B A ≠ 0, so that a link is of one kind
     throughout; else nothing. Nothing either where the init changes the function on purpose."""
-    if wants_of(settings).corrects:
+    if wanted_by(settings.init).corrects:
         return {}
     starts = {name: f.folded()._replace(magnitude=None) for name, f in factors.items()}
     return starts if any(map(moves, starts.values())) else {}
@@ -159,7 +164,3 @@ def starts_of(settings: Settings, factors: Mapping[str, Factors]) -> dict[str, F
 def moves(factors: Factors) -> bool:
     """Whether A and B change the weight's rows by anything but a factor."""
     return bool(factors.a.any()) and bool(factors.folded().b.any())
-
-
-def wants_of(settings: Settings) -> Wants:
-    return WANTS.get(settings.init, Wants())

@@ -36,7 +36,7 @@ from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
 from .link import derive_seed
-from .methods import AFTER_STEP, GRADIENT, PERTURB, RANKS, STATE, WANTS, Step, Wants
+from .methods import AFTER_STEP, GRADIENT, PERTURB, RANKS, STATE, Step, wanted_by
 from .models import (
     checkpoint_activations,
     context_length,
@@ -171,14 +171,14 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
 def _looked_at(config: Config, data: Data, link: int) -> list[Sample] | None:
     """What the init looks at before a link: training examples drawn by a seed of their own, not from the feed."""
     c, t = config.chain, config.train
-    if WANTS.get(c.init, Wants()).see is None:
+    if wanted_by(c.init).see is None:
         return None
     return draw(data.train, c.calibration, t.batch_size, derive_seed(t.seed, "calibration", link))
 
 
 def _original(config: Config) -> nn.Module | None:
     """The model before it was quantised, if the init wants it; on the CPU."""
-    if not (WANTS.get(config.chain.init, Wants()).corrects and config.model.load_in_4bit):
+    if not (wanted_by(config.chain.init).corrects and config.model.load_in_4bit):
         return None
     return load_model(replace(config.model, load_in_4bit=False, device="cpu"))
 

@@ -29,6 +29,7 @@ from .registry import (
     preset,
     register,
     table,
+    wanted_by,
 )
 
 for _found in sorted(module.name for module in pkgutil.iter_modules(__path__)):
@@ -56,4 +57,5 @@ __all__ = [
     "preset",
     "register",
     "table",
+    "wanted_by",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
 from .registry import OPTIMIZER, Method, Pair, register
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ register(
 def lora_rite(groups: list[dict[str, Any]], config: TrainConfig, pairs: Sequence[Pair]) -> torch.optim.Optimizer:
     """Weight decay shrinks the factors themselves, as AdamW's. A frozen factor is a basis like any other."""
     import torch
+
+    factors = {factor for a, b, *_ in pairs for factor in (a, b)}
+    if not all(parameter in factors for group in groups for parameter in group["params"]):
+        raise UserError(
+            "train.optimizer lora-rite trains the factors A and B alone, but the link has other parameters."
+        )
 
     class LoRARITE(torch.optim.Optimizer):
         @torch.no_grad()

@@ -147,6 +147,10 @@ SLOTS: tuple[Slot[Any], ...] = (INIT, GATE, SCALING, RANKS, OPTIMIZER, GRADIENT,
 METHODS: dict[str, Method] = {}
 
 
+def wanted_by(init: str) -> Wants:
+    return WANTS.get(init, Wants())
+
+
 def register(*methods: Method) -> None:
     METHODS.update({method.name: method for method in methods})
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_fast import attach
+from cola_fast import UserError, attach
 from cola_fast.config import TrainConfig
 from cola_fast.methods import OPTIMIZER, Pair
 from cola_fast.optimizer import load_state, make_optimizer, set_lr
@@ -89,6 +89,13 @@ def test_what_a_change_of_basis_loses_is_kept_as_escaped_mass() -> None:
     mean = float(randn(1, K, seed=5).square().mean()) / 100
     assert [escaped for _, escaped in found] == pytest.approx([0, 0.99 * mean, 0.99**2 * mean])
     assert [second for second, _ in found] == pytest.approx([mean, mean, 1.99 * mean])
+
+
+def test_a_parameter_without_a_partner_is_refused() -> None:
+    pair = Pair(nn.Parameter(randn(R, K, seed=2)), nn.Parameter(randn(N, R, seed=3)), 1.0)
+    groups = [{"params": [*pair[:2], nn.Parameter(randn(R, seed=4))]}]
+    with pytest.raises(UserError, match="trains the factors A and B alone"):
+        OPTIMIZER["lora-rite"](groups, TrainConfig(), [pair])
 
 
 def test_a_frozen_factor_is_a_basis(model: nn.Module, ids: Tensor) -> None:
