@@ -20,12 +20,12 @@ from functools import wraps
 from itertools import pairwise
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 from torch import nn
 
-from cola_fast import trainer
+from cola_fast import plot, trainer
 from cola_fast.batches import Batch, Feed, batch_loss
 from cola_fast.chain import Chain
 from cola_fast.config import Config
@@ -39,7 +39,8 @@ from .workloads import Workload
 
 BETWEEN_KNOTS = 500  # steps
 LINKS, STEPS = 3, 4  # of the run whose knots are timed, and the steps of each link
-BASES = {"dense": False, "ledger": True, "nf4": True}  # kind of base -> 4-bit weights
+Kind = Literal["dense", "ledger", "nf4"]  # of base
+BASES: dict[Kind, bool] = {"dense": False, "ledger": True, "nf4": True}  # whether its weights have 4 bits
 Samples = dict[str, list[float]]
 
 
@@ -102,7 +103,7 @@ def _bare_step(loop: Any, batch: Batch) -> None:
 # --- knots ------------------------------------------------------------------------------------------------------------
 
 
-def _knots(workload: Workload, kind: str) -> dict[str, Any]:
+def _knots(workload: Workload, kind: Kind) -> dict[str, Any]:
     """Medians, in seconds: of a knot and its parts, and of a step of each link."""
     config = workload.config(LINKS * STEPS)
     chain = replace(config.chain, base=kind, rounding="auto")
@@ -116,7 +117,7 @@ def _knots(workload: Workload, kind: str) -> dict[str, Any]:
             (Chain, "tie"),
             (Chain, "extend"),
             (trainer, "make_optimizer"),
-            (trainer.plot, "draw"),
+            (plot, "draw"),
         ):
             stack.enter_context(_clocked(owner, name, spent[name]))
         _train(config)

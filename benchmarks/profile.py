@@ -63,8 +63,9 @@ def _profiled(workload: Workload) -> dict[str, Any]:
             next(steps)
         harness.synchronize()
     rows = recorded.key_averages(group_by_input_shape=True)
+    operators: list[tuple[str, Any, float, float]]
     if torch.cuda.is_available():  # the kernels; what launches them is not waited for
-        rows = [row for row in rows if row.device_type == torch.autograd.DeviceType.CUDA]
+        rows = [row for row in rows if row.device_type.name == "CUDA"]
         operators = [(row.key, [], row.count / STEPS, row.self_device_time_total / 1e6 / STEPS) for row in rows]
     else:
         operators = [
@@ -104,7 +105,8 @@ def _steps(workload: Workload) -> Iterator[None]:
     device = next(model.parameters()).device
     model.train()
     for batch in islice(Feed(data.train, t, max_length=data.max_length), 4 * STEPS):
-        yield _step(model, optimizer, chain.parameters(), batch.to(device))
+        _step(model, optimizer, chain.parameters(), batch.to(device))
+        yield
 
 
 def _step(model: nn.Module, optimizer: Any, parameters: list[nn.Parameter], batch: Batch) -> None:

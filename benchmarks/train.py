@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -161,9 +162,7 @@ def _demo(rounds: int = 5, steps: int = 6) -> dict[str, Any]:
     def seconds(side: str) -> float:
         return trainers.SIDES[side](problem, _unwatched).samples[0]
 
-    samples = harness.interleave(
-        {side: lambda side=side: seconds(side) for side in DEMO_SIDES}, rounds=rounds, warmup=0
-    )
+    samples = harness.interleave({side: partial(seconds, side) for side in DEMO_SIDES}, rounds=rounds, warmup=0)
     return {
         "case": "demo",
         "dtype": str(resolve_dtype(problem.config.model.dtype, harness.device())).removeprefix("torch."),

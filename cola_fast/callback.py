@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class ChainCallback(TrainerCallback):
         self.schedule: Schedule | None = None
         self._load_hook: Any = None
         if getattr(chain.model, "is_quantized", False):  # the Trainer asks for adapters on it, and knows PEFT's only
-            chain.model._hf_peft_config_loaded = True
+            cast(Any, chain.model)._hf_peft_config_loaded = True
         self._loaded: dict[str, Tensor] = {}  # samples of what the Trainer's model file holds
 
     # --- the Trainer's events -----------------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ class Fused:
         adapter = self._lone_adapter() if not args and not kwargs else None
         if adapter is None or not self._takes(x, adapter):
             result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return result
-        return self._op(x, adapter)
+        else:
+            result = self._op(x, adapter)
+        return result
 
     def _op(self: Any, x: Tensor, adapter: str) -> Tensor:
         base, dropout = self.base_layer, self.lora_dropout[adapter]

@@ -39,6 +39,7 @@ def load_model(config: ModelConfig) -> nn.Module:
 
 def forbid_repacking(model: nn.Module) -> None:
     """In eval mode on a CPU, bitsandbytes would repack NF4 weights in place, rounding their scales."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
