@@ -76,7 +76,7 @@ class ChainCallback(TrainerCallback):
         self.schedule: Schedule | None = None
         self._load_hook: Any = None
         if getattr(chain.model, "is_quantized", False):  # the Trainer asks for adapters on it, and knows PEFT's only
-            chain.model._hf_peft_config_loaded = True
+            setattr(chain.model, "_hf_peft_config_loaded", True)  # noqa: B010
         self._loaded: dict[str, Tensor] = {}  # samples of what the Trainer's model file holds
 
     # --- the Trainer's events -----------------------------------------------------------------------------------------

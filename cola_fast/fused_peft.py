@@ -27,7 +27,8 @@ class Fused:
         if adapter is None or not self._takes(x, adapter):
             result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
-        return self._op(x, adapter)
+        fused: Tensor = self._op(x, adapter)
+        return fused
 
     def _op(self: Any, x: Tensor, adapter: str) -> Tensor:
         base, dropout = self.base_layer, self.lora_dropout[adapter]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from . import nf4
 from .checks import check_group, check_lora_linear
 from .nf4 import NF4, Layout, Weight
 from .philox import as_seed
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 class MakeMask(Protocol):
@@ -177,7 +179,7 @@ def make_function(ops: Primitives) -> type[Function]:
     return LoRALinear
 
 
-def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+def _without_autocast(backward: Backward) -> Backward:
     """Forward has settled the dtypes; people call `loss.backward()` where autocast would change some of them."""
 
     @functools.wraps(backward)
@@ -188,7 +190,7 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(kinds.pop(), enabled=False):
             return backward(ctx, *dys)
 
-    return wrapped
+    return cast(Backward, wrapped)
 
 
 def apply(
