@@ -28,7 +28,7 @@ from .checks import check_group, check_lora_linear
 from .nf4 import NF4, Layout, Weight
 from .philox import as_seed
 
-F = TypeVar("F", bound=Callable[..., Any])
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 class MakeMask(Protocol):
@@ -179,7 +179,7 @@ def make_function(ops: Primitives) -> type[Function]:
     return LoRALinear
 
 
-def _without_autocast(backward: F) -> F:
+def _without_autocast(backward: Backward) -> Backward:
     """Forward has settled the dtypes; people call `loss.backward()` where autocast would change some of them."""
 
     @functools.wraps(backward)
@@ -190,7 +190,7 @@ def _without_autocast(backward: F) -> F:
         with torch.autocast(kinds.pop(), enabled=False):
             return backward(ctx, *dys)
 
-    return cast(F, wrapped)
+    return cast(Backward, wrapped)
 
 
 def apply(

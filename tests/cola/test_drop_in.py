@@ -299,11 +299,13 @@ def test_undo(base: Callable[[], nn.Module], ids: Tensor, fused: Callable[..., i
     model = peft_model(base())
     classes = [type(m) for m in model.modules()]
     instances = [isinstance(m, LoraLayer) for m in model.modules()]
+    attributes = [set(vars(m)) for m in model.modules()]
     report = accelerate_peft(model)
     assert [isinstance(m, LoraLayer) for m in model.modules()] == instances
     assert accelerate_peft(model).replaced == report.replaced
     report.undo()
     assert [type(m) for m in model.modules()] == classes
+    assert [set(vars(m)) for m in model.modules()] == attributes
     assert fused(lambda: logits(model, ids)) == 0
     restore_peft(model)
 
