@@ -41,7 +41,7 @@ def forbid_repacking(model: nn.Module) -> None:
     """In eval mode on a CPU, bitsandbytes would repack NF4 weights in place, rounding their scales."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def load_empty_model(config: ModelConfig) -> nn.Module:
