@@ -139,7 +139,7 @@ def _peft(config: Config) -> dict[str, Any]:
         else:
             torch.manual_seed(config.train.seed + span.index)
             wrapped = get_peft_model(model, lora)
-            rates = [schedule.lr(first + step, span.index, first) for step in range(len(batches))]
+            rates = [schedule.lr(first + step, span.index, first) for step in range(span.steps)]
             _train_peft(wrapped, batches, rates, config)
             wrapped.save_pretrained(str(adapter))
         before = score(wrapped.get_base_model().eval())
@@ -155,11 +155,11 @@ def _train_peft(wrapped: Any, batches: list[Batch], rates: list[float], config: 
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=config.train.betas, eps=config.train.eps, weight_decay=0.0)
     model = wrapped.get_base_model().train()
-    for rate, batch in zip(rates, batches, strict=True):
+    for batch, lr in zip(batches, rates, strict=True):
         (batch_loss(needed_logits(model, batch), batch)[0] / batch.labelled).backward()
         if config.train.clip is not None:
             nn.utils.clip_grad_norm_(parameters, config.train.clip)
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 

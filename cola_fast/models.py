@@ -42,7 +42,7 @@ def forbid_repacking(model: nn.Module) -> None:
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def load_empty_model(config: ModelConfig) -> nn.Module:

@@ -18,7 +18,13 @@ def small(monkeypatch: pytest.MonkeyPatch, wide_folder: Path, task_files: dict[s
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(assets, "smollm2", lambda: wide_folder)
     monkeypatch.setattr(assets, "sentiment", lambda name: {key: Path(file) for key, file in task_files.items()})
-    return ["data.verbalisers={0: ' bad', 1: ' good'}", "data.template={text} it was", "max_length=32", "lr=0.02"]
+    return [
+        "data.verbalisers={0: ' bad', 1: ' good'}",
+        "data.template='{text} it was'",
+        "max_length=32",
+        "lr=0.02",
+        "epochs=4",
+    ]
 
 
 @pytest.mark.parametrize(
