@@ -70,7 +70,7 @@ class Job:
 SETTINGS = (
     Setting("minilm", "movie", tuple(ARMS), steps=84, seeds=5, items=600),
     Setting("minilm", "amazon", tuple(ARMS), steps=48, seeds=5, items=600),
-    Setting("smollm2", "movie", MAIN, steps=30, seeds=3, items=300, extra=50),
+    Setting("smollm2", "movie", MAIN, steps=36, seeds=3, items=400, extra=50),
 )
 FULL = tuple(
     Setting(model, task, tuple(ARMS), steps=300, seeds=5, items=600) for model in MODELS for task in ("movie", "amazon")
