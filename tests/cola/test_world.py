@@ -199,6 +199,11 @@ def test_refuses_a_sharded_4_bit_base(runs: Runs) -> None:
         config.from_dict(runs.raw, ["train.shard=true", "model.load_in_4bit=true"])
 
 
+def test_refuses_to_look_into_a_sharded_model(runs: Runs) -> None:
+    with pytest.raises(UserError, match=r"train.shard is set, but chain.ranks is gelora"):
+        config.from_dict(runs.raw, ["train.shard=true", "chain.ranks=gelora"])
+
+
 def test_half_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
