@@ -264,7 +264,7 @@ def validate(config: Config) -> None:
     )
     _require(
         not t.shard or c.ranks == "uniform",
-        f"train.shard is set, but chain.ranks is {c.ranks}, which looks into the model: run `cola ranks` and paste what "
+        f"train.shard is set, but chain.ranks is {c.ranks}, which looks into the model: run `cola ranks`, paste what "
         "it finds, or leave train.shard out.",
     )
     _require(d.max_length >= 2, f"data.max_length is {d.max_length}, but it must be at least 2 tokens.")
