@@ -278,6 +278,11 @@ def validate(config: Config) -> None:
         "train.shard is for 16- and 32-bit weights, but model.load_in_4bit is set: leave one of them out (without "
         "shard every process holds the whole 4-bit model).",
     )
+    _require(
+        not t.shard or c.ranks == "uniform",
+        f"train.shard is set, but chain.ranks is {c.ranks}, which looks into the model: run `cola ranks`, paste what "
+        "it finds, or leave train.shard out.",
+    )
     _require(d.max_length >= 2, f"data.max_length is {d.max_length}, but it must be at least 2 tokens.")
     _require(0 <= d.eval_share < 1, f"data.eval_share is {d.eval_share}, but it is a share of the rows in [0, 1).")
     _require(

@@ -59,7 +59,8 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:
     """Four forward passes a step, so that a rank's two are added up before the ranks' are; an odd number of evaluation
-    batches; q, k and v in one group, with dropout; weights of 49 rows, which do not halve."""
+    batches; q, k and v in one group, with dropout; weights of 49 rows, which do not halve; labels of one
+    token and of two, so that ranks have unequal counts."""
     model = tmp_path_factory.mktemp("model") / "odd-llama"
     shutil.copytree(tiny_folder, model)
     tiny_llama(intermediate_size=49).save_pretrained(model)
@@ -67,7 +68,7 @@ def runs(
         "model": {"name": str(model), "dtype": "fp32", "device": "cpu"},
         "data": {
             "train": task_files["train"], "eval": task_files["eval"], "format": "classification",
-            "template": "{text} it was", "verbalisers": {"0": " bad", "1": " good"}, "max_length": 32,
+            "template": "{text} it was", "verbalisers": {"0": " bad", "1": " good it"}, "max_length": 32,
         },
         "chain": {"r": 2, "alpha": 4, "targets": "all-linear", "dropout": 0.1},
         "schedule": {"links": LINKS, "steps": 6, "lr": 0.02},
@@ -197,6 +198,11 @@ def test_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refuses_a_sharded_4_bit_base(runs: Runs) -> None:
     with pytest.raises(UserError, match=r"train.shard is for 16- and 32-bit weights"):
         config.from_dict(runs.raw, ["train.shard=true", "model.load_in_4bit=true"])
+
+
+def test_refuses_to_look_into_a_sharded_model(runs: Runs) -> None:
+    with pytest.raises(UserError, match=r"train.shard is set, but chain.ranks is gelora"):
+        config.from_dict(runs.raw, ["train.shard=true", "chain.ranks=gelora"])
 
 
 def test_half_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
