@@ -167,7 +167,11 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         key, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"{item!r} is not an override: write key=value, for example schedule.lr=1e-3.")
-        _set(chosen, _full_key(key.strip()), yaml.safe_load(value))
+        try:
+            _set(chosen, _full_key(key.strip()), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", error)
+            raise UserError(f"{item!r} is not valid YAML ({problem}): put the value in quotes.") from None
     chain = chosen.get("chain")
     method = chain.get("method", ChainConfig.method) if isinstance(chain, dict) else ChainConfig.method
     names = method if isinstance(method, (list, tuple)) else [method]
