@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 from torch import nn
 
-from cola_fast import trainer
+from cola_fast import plot, trainer
 from cola_fast.batches import Batch, Feed, batch_loss
 from cola_fast.chain import Chain
 from cola_fast.config import Config
@@ -105,7 +105,8 @@ def _bare_step(loop: Any, batch: Batch) -> None:
 def _knots(workload: Workload, kind: str) -> dict[str, Any]:
     """Medians, in seconds: of a knot and its parts, and of a step of each link."""
     config = workload.config(LINKS * STEPS)
-    chain = replace(config.chain, base=kind, rounding="auto")
+    base: Any = kind
+    chain = replace(config.chain, base=base, rounding="auto")
     config = replace(config, chain=chain, schedule=replace(config.schedule, links=LINKS))
     spent: dict[str, list[tuple[float, float]]] = defaultdict(list)  # when it began, and ended
     with ExitStack() as stack:
@@ -116,7 +117,7 @@ def _knots(workload: Workload, kind: str) -> dict[str, Any]:
             (Chain, "tie"),
             (Chain, "extend"),
             (trainer, "make_optimizer"),
-            (trainer.plot, "draw"),
+            (plot, "draw"),
         ):
             stack.enter_context(_clocked(owner, name, spent[name]))
         _train(config)

@@ -64,12 +64,9 @@ def _profiled(workload: Workload) -> dict[str, Any]:
         harness.synchronize()
     rows = recorded.key_averages(group_by_input_shape=True)
     if torch.cuda.is_available():  # the kernels; what launches them is not waited for
-        rows = [row for row in rows if row.device_type == torch.autograd.DeviceType.CUDA]
-        operators = [(row.key, [], row.count / STEPS, row.self_device_time_total / 1e6 / STEPS) for row in rows]
-    else:
-        operators = [
-            (row.key, row.input_shapes, row.count / STEPS, row.self_cpu_time_total / 1e6 / STEPS) for row in rows
-        ]
+        rows = [row for row in rows if row.device_type.name == "CUDA"]
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    operators = [(r.key, r.input_shapes or [], r.count / STEPS, getattr(r, own) / 1e6 / STEPS) for r in rows]
     kinds: dict[str, float] = defaultdict(float)
     for name, shapes, _, seconds in operators:
         kinds[_kind(name, shapes)] += seconds
@@ -104,7 +101,8 @@ def _steps(workload: Workload) -> Iterator[None]:
     device = next(model.parameters()).device
     model.train()
     for batch in islice(Feed(data.train, t, max_length=data.max_length), 4 * STEPS):
-        yield _step(model, optimizer, chain.parameters(), batch.to(device))
+        _step(model, optimizer, chain.parameters(), batch.to(device))
+        yield
 
 
 def _step(model: nn.Module, optimizer: Any, parameters: list[nn.Parameter], batch: Batch) -> None:

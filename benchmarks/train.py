@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def cases(kind: str, *, quick: bool) -> list[tuple[Workload, tuple[str, ...]]]:
 
 def run(options: Options) -> dict[str, Any]:
     began, kind = time.monotonic(), harness.device().type
-    size = Size(1, 3, 1) if options.quick else Size(3, 3, 1) if kind == "cpu" else Size(2, 15, 5)
+    size = Size(1, 3, 1) if options.quick else Size(2, 4, 1) if kind == "cpu" else Size(2, 15, 5)
     found = dict(options.found)
     measured: dict[str, Any] = {"demo": found.get("demo"), "legs": found.get("legs", {}), "rows": [], "refused": []}
     measured["peak_flops"] = found.get("peak_flops") or _peak_flops()
@@ -161,9 +162,7 @@ def _demo(rounds: int = 5, steps: int = 6) -> dict[str, Any]:
     def seconds(side: str) -> float:
         return trainers.SIDES[side](problem, _unwatched).samples[0]
 
-    samples = harness.interleave(
-        {side: lambda side=side: seconds(side) for side in DEMO_SIDES}, rounds=rounds, warmup=0
-    )
+    samples = harness.interleave({side: partial(seconds, side) for side in DEMO_SIDES}, rounds=rounds, warmup=0)
     return {
         "case": "demo",
         "dtype": str(resolve_dtype(problem.config.model.dtype, harness.device())).removeprefix("torch."),
