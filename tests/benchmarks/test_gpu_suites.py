@@ -114,6 +114,9 @@ def test_partial_results_are_on_disk_while_a_suite_runs(monkeypatch: pytest.Monk
     assert row["samples"].keys() == row["host_seconds"].keys() == {"frozen", *row["saved_bytes"]}
     assert set(row["skipped"]) == {"unsloth", "lorafusion"}
     assert out.with_suffix(".png").stat().st_size > 10_000
+    (chart,) = lora_linear.charts(json.loads(out.read_text()))
+    assert chart.floor
+    assert len(chart.rows) == 2  # the block, with and without dropout
 
 
 def test_curves_that_part_are_refused() -> None:
