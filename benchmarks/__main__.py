@@ -139,9 +139,9 @@ def _report(texts: Sequence[Path], page: Path) -> int:
     for path in texts:
         text = path.read_text(encoding="utf-8")
         for block in names(text):
-            suite = block.partition("-")[0]
-            if suite in unmeasured:
-                blocks[block] = f"Not measured yet: `python -m benchmarks run {suite}`."
+            owner = block.partition("-")[0]
+            if owner in unmeasured:
+                blocks[block] = f"Not measured yet: `python -m benchmarks run {owner}`."
         try:
             filled[path] = fill(text, blocks)
         except ValueError as error:
