@@ -25,7 +25,8 @@ from unittest.mock import patch
 
 from torch import nn
 
-from cola_fast import plot, trainer
+from cola_fast import plot as curves
+from cola_fast import trainer
 from cola_fast.batches import Batch, Feed, batch_loss
 from cola_fast.chain import Chain
 from cola_fast.config import Config
@@ -117,7 +118,7 @@ def _knots(workload: Workload, kind: str) -> dict[str, Any]:
             (Chain, "tie"),
             (Chain, "extend"),
             (trainer, "make_optimizer"),
-            (plot, "draw"),
+            (curves, "draw"),
         ):
             stack.enter_context(_clocked(owner, name, spent[name]))
         _train(config)
