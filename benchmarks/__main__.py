@@ -119,7 +119,7 @@ def _report(texts: Sequence[Path], page: Path) -> int:
 
     from . import harness, scaling
     from .page import page as drawn
-    from .report import fill
+    from .report import fill, names
 
     blocks = {"methods": methods.table(), **scaling.tables()}
     sections = []
@@ -134,10 +134,16 @@ def _report(texts: Sequence[Path], page: Path) -> int:
         sections.append((name, entry.question, shown))
     for block, table in blocks.items():
         print(f"<!-- benchmark:{block} -->\n{table}\n<!-- end -->\n")
+    unmeasured = {name for name, _, shown in sections if not shown}
     filled = {}
     for path in texts:
+        text = path.read_text(encoding="utf-8")
+        for block in names(text):
+            owner = block.partition("-")[0]
+            if owner in unmeasured:
+                blocks[block] = f"Not measured yet: `python -m benchmarks run {owner}`."
         try:
-            filled[path] = fill(path.read_text(encoding="utf-8"), blocks)
+            filled[path] = fill(text, blocks)
         except ValueError as error:
             print(f"Nothing was written: {path.name} cannot be. {error}", file=sys.stderr)
             return 1

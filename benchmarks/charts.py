@@ -103,10 +103,10 @@ def _bar(chart: Chart, bar: Bar, place: Callable[[float], float], y: float) -> s
 
 
 def _fitted(label: str, letters: int = 46) -> str:
-    """On one line, or on two."""
+    """On one line, or on two, broken at a comma if there is one."""
     if len(label) <= letters:
         return escape(label)
-    cut = label.rfind(" ", 0, letters)
+    cut = label.rfind(", ", 0, letters) + 1 or label.rfind(" ", 0, letters)
     rest = label[cut + 1 :]
     first, second = label[:cut], rest if len(rest) <= letters else f"{rest[: letters - 1]}…"
     lines = f'<tspan x="{LABELS - 10}" dy="-0.55em">{escape(first)}</tspan>'

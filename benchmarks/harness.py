@@ -192,7 +192,9 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: _version(package) for package in VERSIONS},
         "commit": git("rev-parse", "HEAD") or os.environ.get("BENCHMARK_COMMIT"),  # a copy without .git
-        "dirty": bool(git("status", "--porcelain", "--", ".", ":!README.md", ":!benchmarks/results")),
+        "dirty": bool(
+            git("status", "--porcelain", "--", ".", ":!*.md", ":!benchmarks/results", ":!benchmarks/report.html")
+        ),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -20,12 +20,13 @@ from functools import wraps
 from itertools import pairwise
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 from torch import nn
 
-from cola_fast import plot, trainer
+from cola_fast import plot as curves
+from cola_fast import trainer
 from cola_fast.batches import Batch, Feed, batch_loss
 from cola_fast.chain import Chain
 from cola_fast.config import Config
@@ -39,8 +40,7 @@ from .workloads import Workload
 
 BETWEEN_KNOTS = 500  # steps
 LINKS, STEPS = 3, 4  # of the run whose knots are timed, and the steps of each link
-Kind = Literal["dense", "ledger", "nf4"]  # of base
-BASES: dict[Kind, bool] = {"dense": False, "ledger": True, "nf4": True}  # whether its weights have 4 bits
+BASES = {"dense": False, "ledger": True, "nf4": True}  # kind of base -> 4-bit weights
 Samples = dict[str, list[float]]
 
 
@@ -103,10 +103,11 @@ def _bare_step(loop: Any, batch: Batch) -> None:
 # --- knots ------------------------------------------------------------------------------------------------------------
 
 
-def _knots(workload: Workload, kind: Kind) -> dict[str, Any]:
+def _knots(workload: Workload, kind: str) -> dict[str, Any]:
     """Medians, in seconds: of a knot and its parts, and of a step of each link."""
     config = workload.config(LINKS * STEPS)
-    chain = replace(config.chain, base=kind, rounding="auto")
+    base: Any = kind
+    chain = replace(config.chain, base=base, rounding="auto")
     config = replace(config, chain=chain, schedule=replace(config.schedule, links=LINKS))
     spent: dict[str, list[tuple[float, float]]] = defaultdict(list)  # when it began, and ended
     with ExitStack() as stack:
@@ -117,7 +118,7 @@ def _knots(workload: Workload, kind: Kind) -> dict[str, Any]:
             (Chain, "tie"),
             (Chain, "extend"),
             (trainer, "make_optimizer"),
-            (plot, "draw"),
+            (curves, "draw"),
         ):
             stack.enter_context(_clocked(owner, name, spent[name]))
         _train(config)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from . import harness
 from .charts import Chart, draw
 from .report import describe
 
@@ -21,6 +23,7 @@ body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 64rem; background: 
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.8rem 0 .2rem; border-top: 1px solid
   var(--line); padding-top: 1.4rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p, figcaption { color: var(--faint); margin: .2rem 0; font-size: .86rem; } figure { margin: 0; }
+img { max-width: 100%; background: #fff; }
 svg { width: 100%; height: auto; display: block; font: 12px system-ui, "DejaVu Sans", sans-serif; }
 svg text { fill: var(--text); } svg .tick, svg .unit { fill: var(--faint); } svg .unit { text-anchor: middle; }
 svg .label { text-anchor: end; } svg .value { font-variant-numeric: tabular-nums; } svg .grid { stroke: var(--line); }
@@ -48,7 +51,7 @@ def page(
             parts.append("<p>Not measured.</p>")
         for result, charts, tables in results:
             parts.append(f"<p>{escape(describe(result))}</p>")
-            parts += [draw(chart) for chart in charts if chart.rows]
+            parts += [draw(chart) for chart in charts if chart.rows] or [_picture(name, result)]
             blocks = "".join(_block(text) for text in tables.values())
             parts.append(f"<details><summary>the figures</summary>{blocks}</details>")
     return (
@@ -59,6 +62,15 @@ def page(
         "measured on the machine named above it; what was not measured says so.</p>"
         f"<nav>{''.join(links)}</nav>{''.join(parts)}</body></html>\n"
     )
+
+
+def _picture(suite: str, result: Mapping[str, Any]) -> str:
+    """What the suite has drawn itself beside its result, if it has."""
+    path = harness.result_path(suite, result["environment"]).with_suffix(".png")
+    if not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img alt="{escape(suite)}" src="data:image/png;base64,{data}"></figure>'
 
 
 def _block(text: str) -> str:

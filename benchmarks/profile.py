@@ -63,14 +63,10 @@ def _profiled(workload: Workload) -> dict[str, Any]:
             next(steps)
         harness.synchronize()
     rows = recorded.key_averages(group_by_input_shape=True)
-    operators: list[tuple[str, Any, float, float]]
     if torch.cuda.is_available():  # the kernels; what launches them is not waited for
         rows = [row for row in rows if row.device_type.name == "CUDA"]
-        operators = [(row.key, [], row.count / STEPS, row.self_device_time_total / 1e6 / STEPS) for row in rows]
-    else:
-        operators = [
-            (row.key, row.input_shapes, row.count / STEPS, row.self_cpu_time_total / 1e6 / STEPS) for row in rows
-        ]
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    operators = [(r.key, r.input_shapes or [], r.count / STEPS, getattr(r, own) / 1e6 / STEPS) for r in rows]
     kinds: dict[str, float] = defaultdict(float)
     for name, shapes, _, seconds in operators:
         kinds[_kind(name, shapes)] += seconds

@@ -27,6 +27,11 @@ def fill(text: str, blocks: Mapping[str, str]) -> str:
     return _BLOCK.sub(replaced, text)
 
 
+def names(text: str) -> list[str]:
+    """Of the marked blocks."""
+    return [name for _, name, _ in _BLOCK.findall(text)]
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The first column to the left, the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]

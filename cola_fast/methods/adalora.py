@@ -35,7 +35,7 @@ def gaussian(site: Site) -> tuple[Tensor, Tensor]:
     """A and B ~ N(0, 0.02²)."""
     import torch
 
-    n, k = site.weight.shape
+    n, k = site.shape
     a, b = (torch.empty(shape, dtype=site.dtype) for shape in ((site.rank, k), (n, site.rank)))
     return a.normal_(0, STD, generator=site.generator), b.normal_(0, STD, generator=site.generator)
 

@@ -139,14 +139,25 @@ def test_a_second_device_adds_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert text.count("One, ") == text.count("Two, ") == 2
 
 
-def test_a_table_without_a_result_leaves_the_readme_alone(
+def test_a_suite_without_a_result_says_that_it_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "none")
+    (tmp_path / "README.md").write_text(README)
+    assert main(["report", "--into", str(tmp_path / "README.md"), "--page", str(tmp_path / "page.html")]) == 0
+    said = "Not measured yet: `python -m benchmarks run linears`."
+    assert (tmp_path / "README.md").read_text().count(said) == 2
+    assert (tmp_path / "page.html").read_text().count("Not measured.") == len(SUITES)
+
+
+def test_a_table_that_no_suite_makes_leaves_the_readme_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "none")
-    (tmp_path / "README.md").write_text(README)
+    unknown = README.replace("linears-block", "lines-block")
+    (tmp_path / "README.md").write_text(unknown)
     assert main(["report", "--into", str(tmp_path / "README.md"), "--page", str(tmp_path / "page.html")]) == 1
-    assert (tmp_path / "README.md").read_text() == README
-    assert "linears-block" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == unknown
+    assert not (tmp_path / "page.html").exists()
+    assert "lines-block" in capsys.readouterr().err
 
 
 def test_fill_touches_only_what_is_between_the_markers() -> None:

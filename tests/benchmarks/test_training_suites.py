@@ -65,8 +65,8 @@ def test_a_suite_measures_and_draws(suite: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "keys",
     [
-        pytest.param({"length": 256, "dropout": 0.05}, id="dropout"),
-        pytest.param({"length": 256, "checkpointing": True, "in_4bit": True}, id="4 bits, checkpointing"),
+        pytest.param({"dropout": 0.05}, id="dropout"),
+        pytest.param({"length": 128, "checkpointing": True, "in_4bit": True}, id="4 bits, checkpointing"),
         pytest.param({"batch": 8, "packing": True, "rank": 4}, id="packed"),
         pytest.param({"dtype": "fp32", "targets": ("q_proj", "v_proj")}, id="fp32"),
     ],

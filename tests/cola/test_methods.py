@@ -25,7 +25,7 @@ from ..conftest import tiny_llama
 from .test_chain import logits, relative
 
 ALL = pytest.mark.parametrize("name", METHODS)
-SLOW_LEARNERS = ("rac-lora", "ffa-lora", "lora-pro", "xgblora")
+SLOW_LEARNERS = ("adalora", "rac-lora", "ffa-lora", "lora-pro", "xgblora")
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # `wide_folder`, from which the 4-bit model is loaded
 
 
