@@ -30,7 +30,7 @@ from .registry import Options
 LADDER = [digit * 10.0**power for power in range(-6, 0) for digit in (1, 2, 5)]
 FOLDER = "quality"  # in benchmarks/results, for what is not published as it is
 SWEEP_SEED = 1000  # none of the paired ones
-MAIN = ("frozen", "lora", "lora-restarts", "lora-24", "cola-3", "rac-lora", "full")
+MAIN = ("frozen", "lora", "cola-3", "lora-restarts", "rac-lora", "lora-24")
 STARTS = {  # the lowest of the first four rates, by model and arm
     "minilm": {"full": 5e-5, "rac-lora": 1e-3, "": 5e-4},
     "smollm2": {"full": 2e-5, "rac-lora": 5e-4, "": 2e-4},
@@ -192,7 +192,7 @@ def perform(job: Job, folder: Path) -> dict[str, Any]:
         harness.say(str(error))
         scores = None
     record: dict[str, Any] = {"setting": setting.name, "size": _size(setting)}
-    record |= {"arm": job.arm, "split": job.split, "lr": job.lr, "seed": job.seed, "trained": training.trained}
+    record |= {"arm": job.arm, "split": job.split, "lr": job.lr, "seed": job.seed}
     record |= {"loss": None, "accuracy": None} if scores is None else _summary(scores, items=job.split == "test")
     return {**record, "seconds": round(time.perf_counter() - began, 1)}
 
