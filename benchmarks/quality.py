@@ -14,8 +14,9 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def run(options: Options) -> dict[str, Any]:
             pass
         done = finished(settings, folder)
         left = sum(1 for _ in pending(settings, done))
-        teacher = [] if left else teach(50 if options.quick else 500)
+        teacher = _kept(folder / "teacher.json", partial(teach, 50 if options.quick else 500))
     finally:
         if options.quick:
             shutil.rmtree(folder)
@@ -213,12 +214,19 @@ def gelora_pattern(setting: str, arm: str, problem: Any, folder: Path) -> dict[s
     mean = ARMS[arm].gelora
     if mean is None:
         return None
-    path = folder / f"ranks-{setting}-{arm}.json"
-    if not path.exists():
-        ranks = gelora_ranks(problem.model, problem.states_batches(), mean_rank=mean or None)
-        harness.write_result(path, ranks)
-    found: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
+
+    def measure() -> dict[str, int]:
+        return gelora_ranks(problem.model, problem.states_batches(), mean_rank=mean or None)
+
+    found: dict[str, int] = _kept(folder / f"ranks-{setting}-{arm}.json", measure)
     return found
+
+
+def _kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What was made once, and has been in `path` since."""
+    if not path.exists():
+        harness.write_result(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- a known answer ---------------------------------------------------------------------------------------------------

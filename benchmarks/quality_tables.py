@@ -57,7 +57,7 @@ def tested(result: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, T
 def quality_tables(result: Mapping[str, Any]) -> dict[str, str]:
     settings = [(setting, tested(result, setting)) for setting in result["settings"]]
     settings = [(setting, arms) for setting, arms in settings if "lora" in arms]
-    blocks = {"quality-teacher": _teacher(result["teacher"])} if result["teacher"] else {}
+    blocks = {"quality-teacher": _teacher(result["teacher"])}
     if settings:
         parts = [f"{_title(setting, arms)}\n\n{_table(arms)}" for setting, arms in settings]
         blocks["quality"] = "\n\n".join([*parts, _note(result)])
