@@ -43,10 +43,14 @@ def means(scores: Tensor) -> Tensor:
 
 
 def share(part: Tensor, whole: Tensor) -> Interval | None:
-    """Of mean(part) / mean(whole), drawn together; None unless the whole's own interval lies above zero."""
+    """Of mean(part) / mean(whole), drawn together; None unless the whole's own interval lies above zero.
+
+    The few draws in which the whole is not positive are left out: a share of nothing means nothing.
+    """
     if interval(whole).low <= 0:
         return None
-    ratios = means(part) / means(whole)
+    parts, wholes = means(part), means(whole)
+    ratios = parts[wholes > 0] / wholes[wholes > 0]
     low, high = torch.quantile(ratios, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
     return Interval(float(part.double().mean() / whole.double().mean()), float(low), float(high))
 

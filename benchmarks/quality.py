@@ -22,6 +22,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from cola_fast.targets import block_of
+
 from . import harness
 from .quality_arms import ARMS, BATCH, Diverged, Training
 from .quality_problems import MODELS, Scores, Teacher
@@ -88,6 +90,7 @@ def run(options: Options) -> dict[str, Any]:
             pass
         done = finished(settings, folder)
         left = sum(1 for _ in pending(settings, done))
+        ranks = {setting.name: found for setting in settings if (found := _by_block(setting, folder))}
         teacher = _kept(folder / "teacher.json", partial(teach, 50 if options.quick else 500))
     finally:
         if options.quick:
@@ -97,6 +100,7 @@ def run(options: Options) -> dict[str, Any]:
         "left": left,
         "settings": [asdict(setting) for setting in settings],
         "runs": [record for records in done.values() for record in records.values()],
+        "ranks": ranks,
         "teacher": teacher,
     }
 
@@ -219,6 +223,17 @@ def gelora_pattern(setting: str, arm: str, problem: Any, folder: Path) -> dict[s
         return gelora_ranks(problem.model, problem.states_batches(), mean_rank=mean or None)
 
     found: dict[str, int] = _kept(folder / f"ranks-{setting}-{arm}.json", measure)
+    return found
+
+
+def _by_block(setting: Setting, folder: Path) -> dict[str, list[int]]:
+    """Arm -> GeLoRA's ranks in the model's order, one a block, as far as they have been measured."""
+    found = {}
+    for arm in setting.arms:
+        path = folder / f"ranks-{setting.name}-{arm}.json"
+        if path.exists():
+            pattern = json.loads(path.read_text(encoding="utf-8"))
+            found[arm] = list({block_of(module): rank for module, rank in pattern.items()}.values())
     return found
 
 

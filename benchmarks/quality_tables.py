@@ -120,11 +120,16 @@ def _share(found: Interval | None) -> str:
 
 
 def _note(result: Mapping[str, Any]) -> str:
+    ranks = "".join(
+        f"GeLoRA's ranks by block, {setting}, {ARMS[arm].label}: {' '.join(map(str, found))}. "
+        for setting, arms in result["ranks"].items()
+        for arm, found in arms.items()
+    )
     return (
         "± is the standard deviation over seeds; in brackets the 95 % bootstrap interval of the paired difference, "
         "over seeds and sentences, bold where it leaves out 0, not corrected for the number of arms. Gap closed: the "
         "arm's gain over LoRA as a share of full fine-tuning's; no gap: the interval of full fine-tuning's gain does "
-        f"not lie above 0. {describe(result)}"
+        f"not lie above 0. {ranks}{describe(result)}"
     )
 
 
@@ -184,7 +189,7 @@ def _word(low: float, high: float) -> str:
 
 
 def _teacher(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [[row["arm"], ", ".join(f"{left:.4f}" for left in row["left"])] for row in rows]
+    lines = [[row["arm"], ", ".join(f"{left:.3g}" for left in row["left"])] for row in rows]
     return markdown(["a teacher at a distance of rank 32", "share of the distance² left, by seed"], lines)
 
 

@@ -220,7 +220,7 @@ def _result(accuracies: Mapping[str, float], left: int = 0) -> dict[str, Any]:
             runs.append({**run, "loss": 1 - accuracy, "accuracy": accuracy, "correct": correct, "losses": losses})
     setting = {"model": "minilm", "task": "movie", "arms": list(accuracies), "steps": 4, "seeds": 3, "items": 200}
     teacher = [{"arm": "LoRA", "left": [0.5]}]
-    result = {"settings": [setting], "runs": runs, "left": left, "teacher": teacher}
+    result = {"settings": [setting], "runs": runs, "left": left, "ranks": {}, "teacher": teacher}
     return {**result, "environment": harness.environment(), "quick": False}
 
 
