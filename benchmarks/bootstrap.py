@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-DRAWS = 10_000
+DRAWS = 4000
 LEVEL = 0.95
 
 
@@ -37,16 +38,19 @@ def interval(scores: Tensor) -> Interval:
 def means(scores: Tensor) -> Tensor:
     """The mean of every draw [DRAWS]. For two tensors of one shape, draw by draw of the same seeds and items."""
     seeds, items = scores.shape
-    generator = torch.Generator().manual_seed(0)
-    by_seed, by_item = (_counts(n, generator) for n in (seeds, items))
+    by_seed, by_item = _draws(seeds, items)
     return ((by_seed @ scores.double()) * by_item).sum(1) / (seeds * items)
 
 
 def share(part: Tensor, whole: Tensor) -> Interval | None:
-    """Of mean(part) / mean(whole), drawn together; None unless the whole's own interval lies above zero."""
+    """Of mean(part) / mean(whole), drawn together; None unless the whole's own interval lies above zero.
+
+    The few draws in which the whole is not positive are left out: a share of nothing means nothing.
+    """
     if interval(whole).low <= 0:
         return None
-    ratios = means(part) / means(whole)
+    parts, wholes = means(part), means(whole)
+    ratios = parts[wholes > 0] / wholes[wholes > 0]
     low, high = torch.quantile(ratios, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
     return Interval(float(part.double().mean() / whole.double().mean()), float(low), float(high))
 
@@ -54,6 +58,12 @@ def share(part: Tensor, whole: Tensor) -> Interval | None:
 def spread(values: Sequence[float]) -> float:
     """Standard deviation over seeds; 0 for one."""
     return float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else 0.0
+
+
+@lru_cache(maxsize=4)
+def _draws(seeds: int, items: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return _counts(seeds, generator), _counts(items, generator)
 
 
 def _counts(n: int, generator: torch.Generator) -> Tensor:

@@ -209,7 +209,7 @@ def result_path(suite: str, env: Mapping[str, Any]) -> Path:
     return RESULTS / f"{suite}-{device_slug(env)}.json"
 
 
-def write_result(path: Path, result: Mapping[str, Any]) -> None:
+def write_result(path: Path, result: Any) -> None:
     """Replaces the file at once: whoever reads it, or is killed while writing, finds whole JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")

@@ -14,12 +14,15 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from cola_fast.targets import block_of
 
 from . import harness
 from .quality_arms import ARMS, BATCH, Diverged, Training
@@ -30,7 +33,7 @@ from .registry import Options
 LADDER = [digit * 10.0**power for power in range(-6, 0) for digit in (1, 2, 5)]
 FOLDER = "quality"  # in benchmarks/results, for what is not published as it is
 SWEEP_SEED = 1000  # none of the paired ones
-MAIN = ("frozen", "lora", "lora-restarts", "lora-24", "cola-3", "rac-lora", "full")
+MAIN = ("frozen", "lora", "cola-3", "lora-restarts", "rac-lora", "lora-24")
 STARTS = {  # the lowest of the first four rates, by model and arm
     "minilm": {"full": 5e-5, "rac-lora": 1e-3, "": 5e-4},
     "smollm2": {"full": 2e-5, "rac-lora": 5e-4, "": 2e-4},
@@ -87,7 +90,8 @@ def run(options: Options) -> dict[str, Any]:
             pass
         done = finished(settings, folder)
         left = sum(1 for _ in pending(settings, done))
-        teacher = [] if left else teach(50 if options.quick else 500)
+        ranks = {setting.name: found for setting in settings if (found := _by_block(setting, folder))}
+        teacher = _kept(folder / "teacher.json", partial(teach, 50 if options.quick else 500))
     finally:
         if options.quick:
             shutil.rmtree(folder)
@@ -96,6 +100,7 @@ def run(options: Options) -> dict[str, Any]:
         "left": left,
         "settings": [asdict(setting) for setting in settings],
         "runs": [record for records in done.values() for record in records.values()],
+        "ranks": ranks,
         "teacher": teacher,
     }
 
@@ -192,7 +197,7 @@ def perform(job: Job, folder: Path) -> dict[str, Any]:
         harness.say(str(error))
         scores = None
     record: dict[str, Any] = {"setting": setting.name, "size": _size(setting)}
-    record |= {"arm": job.arm, "split": job.split, "lr": job.lr, "seed": job.seed, "trained": training.trained}
+    record |= {"arm": job.arm, "split": job.split, "lr": job.lr, "seed": job.seed}
     record |= {"loss": None, "accuracy": None} if scores is None else _summary(scores, items=job.split == "test")
     return {**record, "seconds": round(time.perf_counter() - began, 1)}
 
@@ -213,12 +218,30 @@ def gelora_pattern(setting: str, arm: str, problem: Any, folder: Path) -> dict[s
     mean = ARMS[arm].gelora
     if mean is None:
         return None
-    path = folder / f"ranks-{setting}-{arm}.json"
-    if not path.exists():
-        ranks = gelora_ranks(problem.model, problem.states_batches(), mean_rank=mean or None)
-        harness.write_result(path, ranks)
-    found: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
+
+    def measure() -> dict[str, int]:
+        return gelora_ranks(problem.model, problem.states_batches(), mean_rank=mean or None)
+
+    found: dict[str, int] = _kept(folder / f"ranks-{setting}-{arm}.json", measure)
     return found
+
+
+def _by_block(setting: Setting, folder: Path) -> dict[str, list[int]]:
+    """Arm -> GeLoRA's ranks in the model's order, one a block, as far as they have been measured."""
+    found = {}
+    for arm in setting.arms:
+        path = folder / f"ranks-{setting.name}-{arm}.json"
+        if path.exists():
+            pattern = json.loads(path.read_text(encoding="utf-8"))
+            found[arm] = list({block_of(module): rank for module, rank in pattern.items()}.values())
+    return found
+
+
+def _kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What was made once, and has been in `path` since."""
+    if not path.exists():
+        harness.write_result(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- a known answer ---------------------------------------------------------------------------------------------------

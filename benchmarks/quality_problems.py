@@ -55,8 +55,9 @@ class Classifier:
 
         folder = assets.minilm()
         self.device = harness.device()
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-        self.model: Any = model.to(self.device).eval()
+        self.model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        self.model.pooler = None  # the mean needs none, so there is nothing in it to train
+        self.model.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.linear = nn.utils.skip_init(nn.Linear, self.model.config.hidden_size, 2)
         _draw(self.linear, seed)

@@ -29,7 +29,6 @@ class Tested:
     """One arm on the test set, with the learning rate that its sweep chose."""
 
     lr: float
-    trained: int
     correct: Tensor  # [seeds, items], 0 or 1
     losses: Tensor  # [seeds, items], nats
 
@@ -45,25 +44,25 @@ def tested(result: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, T
     """Arm -> its tests, for the arms that have all seeds."""
     found = {}
     name = f"{setting['model']}-{setting['task']}"
-    for arm in setting["arms"]:
+    for arm in (arm for arm in ARMS if arm in setting["arms"]):
         runs = [r for r in result["runs"] if (r["setting"], r["arm"], r["split"]) == (name, arm, "test")]
         runs = sorted((r for r in runs if r["loss"] is not None), key=lambda r: r["seed"])
         if len(runs) == setting["seeds"]:
             correct = torch.tensor([[int(c) for c in run["correct"]] for run in runs], dtype=torch.float64)
             losses = torch.tensor([[int(x) / 1000 for x in run["losses"].split()] for run in runs], dtype=torch.float64)
-            found[arm] = Tested(runs[0]["lr"], runs[0]["trained"], correct, losses)
+            found[arm] = Tested(runs[0]["lr"], correct, losses)
     return found
 
 
 def quality_tables(result: Mapping[str, Any]) -> dict[str, str]:
     settings = [(setting, tested(result, setting)) for setting in result["settings"]]
     settings = [(setting, arms) for setting, arms in settings if "lora" in arms]
-    blocks = {"quality-teacher": _teacher(result["teacher"])} if result["teacher"] else {}
+    blocks = {"quality-teacher": _teacher(result["teacher"])}
     if settings:
         parts = [f"{_title(setting, arms)}\n\n{_table(arms)}" for setting, arms in settings]
         blocks["quality"] = "\n\n".join([*parts, _note(result)])
         blocks["quality-contrasts"] = _contrasts(settings)
-        blocks["quality-verdict"] = "\n".join(_verdict(setting, arms) for setting, arms in settings)
+        blocks["quality-verdict"] = _verdict(settings)
     if result["left"]:
         left = f"At least {result['left']} runs are left: the same command goes on."
         blocks["quality"] = f"{blocks['quality']} {left}" if settings else left
@@ -95,7 +94,6 @@ def _table(arms: Mapping[str, Tested]) -> str:
         rows.append(
             [
                 ARMS[name].label,
-                f"{arm.trained:,}",
                 f"{arm.lr:g}" if arm.lr else "",
                 _mean(arm.correct),
                 _signed(arm.accuracy_over(lora), 1) if other else "",
@@ -104,7 +102,7 @@ def _table(arms: Mapping[str, Tested]) -> str:
                 *closed,
             ]
         )
-    header = ["", "trained", "LR", "accuracy", "over LoRA, points", "loss", "over LoRA", "gap closed", "of the loss"]
+    header = ["", "LR", "accuracy", "over LoRA, points", "loss", "over LoRA", "gap closed", "of the loss"]
     return markdown(header, rows)
 
 
@@ -122,11 +120,16 @@ def _share(found: Interval | None) -> str:
 
 
 def _note(result: Mapping[str, Any]) -> str:
+    ranks = "".join(
+        f"GeLoRA's ranks by block, {setting}, {ARMS[arm].label}: {' '.join(map(str, found))}. "
+        for setting, arms in result["ranks"].items()
+        for arm, found in arms.items()
+    )
     return (
         "± is the standard deviation over seeds; in brackets the 95 % bootstrap interval of the paired difference, "
         "over seeds and sentences, bold where it leaves out 0, not corrected for the number of arms. Gap closed: the "
         "arm's gain over LoRA as a share of full fine-tuning's; no gap: the interval of full fine-tuning's gain does "
-        f"not lie above 0. Trained: numbers in one link (the first), without the head. {describe(result)}"
+        f"not lie above 0. {ranks}{describe(result)}"
     )
 
 
@@ -148,16 +151,33 @@ def _short(setting: Mapping[str, Any]) -> str:
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
-def _verdict(setting: Mapping[str, Any], arms: Mapping[str, Tested]) -> str:
-    """One line: COLA with three links against LoRA."""
-    if "cola-3" not in arms:
-        return f"- {_short(setting)}: not measured."
-    accuracy, loss = arms["cola-3"].accuracy_over(arms["lora"]), arms["cola-3"].loss_over(arms["lora"])
-    return (
-        f"- {_short(setting)}: COLA (K = 3) − LoRA (R = {R}) is {_plain(accuracy, 1)} points of test accuracy, "
-        f"{_word(accuracy.low, accuracy.high)}, and {_plain(loss, 3)} nats of test loss, "
-        f"{_word(-loss.high, -loss.low)}."
-    )
+def _verdict(settings: Sequence[tuple[Mapping[str, Any], Mapping[str, Tested]]]) -> str:
+    """COLA with three links against LoRA: one line a setting, and all in one."""
+    settings = [(setting, arms) for setting, arms in settings if "cola-3" in arms]
+    gains = [arms["cola-3"].accuracy_over(arms["lora"]) for _, arms in settings]
+    better, worse = sum(gain.low > 0 for gain in gains), sum(gain.high < 0 for gain in gains)
+    lines = [
+        f"In {better} of {len(gains)} settings COLA (K = 3) is shown to be more accurate than LoRA of the same rank, "
+        f"in {worse} to be less accurate:",
+        "",
+    ]
+    for setting, arms in settings:
+        accuracy, loss = arms["cola-3"].accuracy_over(arms["lora"]), arms["cola-3"].loss_over(arms["lora"])
+        lines.append(
+            f"- {_short(setting)}: COLA (K = 3) − LoRA (R = {R}) is {_plain(accuracy, 1)} points of test accuracy, "
+            f"{_word(accuracy.low, accuracy.high)}, and {_plain(loss, 3)} nats of test loss, "
+            f"{_word(-loss.high, -loss.low)}. {_gap(arms)}"
+        )
+    return "\n".join(lines)
+
+
+def _gap(arms: Mapping[str, Tested]) -> str:
+    if "full" not in arms:
+        return "Full fine-tuning: not measured."
+    gap, lora = arms["full"].accuracy_over(arms["lora"]), arms["lora"].correct
+    closed = share(arms["cola-3"].correct - lora, arms["full"].correct - lora)
+    rest = "no gap to close" if closed is None else f"COLA closes {_share(closed)} of it"
+    return f"Full fine-tuning − LoRA is {_plain(gap, 1)} points: {rest}."
 
 
 def _plain(found: Interval, digits: int) -> str:
@@ -169,7 +189,7 @@ def _word(low: float, high: float) -> str:
 
 
 def _teacher(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [[row["arm"], ", ".join(f"{left:.4f}" for left in row["left"])] for row in rows]
+    lines = [[row["arm"], ", ".join(f"{left:.3g}" for left in row["left"])] for row in rows]
     return markdown(["a teacher at a distance of rank 32", "share of the distance² left, by seed"], lines)
 
 

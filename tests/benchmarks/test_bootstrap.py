@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.bootstrap import interval, share, spread
+from benchmarks.bootstrap import interval, means, share, spread
 
 
 def _made(seed: int, seeds: int, items: int, *, by_seed: float, by_item: float, noise: float) -> torch.Tensor:
@@ -56,6 +56,14 @@ def test_a_share_is_drawn_together() -> None:
     found = share(whole / 2, whole)
     assert found is not None
     assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_draws_without_a_whole_do_not_spoil_a_share() -> None:
+    whole = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]])  # nothing but zeros once in 64 draws
+    assert (means(whole) == 0).any()
+    found = share(whole / 2, whole)
+    assert found is not None
+    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
 
 
 def test_there_is_no_share_of_a_gap_that_may_not_exist() -> None:

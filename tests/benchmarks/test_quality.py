@@ -216,11 +216,11 @@ def _result(accuracies: Mapping[str, float], left: int = 0) -> dict[str, Any]:
         correct = "1" * round(200 * accuracy) + "0" * (200 - round(200 * accuracy))
         losses = " ".join([str(round(1000 * (1 - accuracy)))] * 200)
         for seed in (2, 0, 1):
-            run = {"setting": "minilm-movie", "arm": arm, "split": "test", "lr": 1e-3, "seed": seed, "trained": 7}
+            run = {"setting": "minilm-movie", "arm": arm, "split": "test", "lr": 1e-3, "seed": seed}
             runs.append({**run, "loss": 1 - accuracy, "accuracy": accuracy, "correct": correct, "losses": losses})
     setting = {"model": "minilm", "task": "movie", "arms": list(accuracies), "steps": 4, "seeds": 3, "items": 200}
     teacher = [{"arm": "LoRA", "left": [0.5]}]
-    result = {"settings": [setting], "runs": runs, "left": left, "teacher": teacher}
+    result = {"settings": [setting], "runs": runs, "left": left, "ranks": {}, "teacher": teacher}
     return {**result, "environment": harness.environment(), "quick": False}
 
 
@@ -229,6 +229,8 @@ def test_the_sentence_follows_from_the_interval() -> None:
         name: quality_tables(_result({"lora": 0.8, "cola-3": accuracy}))["quality-verdict"]
         for name, accuracy in (("better", 0.9), ("same", 0.8), ("worse", 0.7))
     }
+    assert "In 1 of 1 settings" in found["better"]
+    assert "in 1 to be less" in found["worse"]
     assert found["better"].count("a gain") == 2
     assert "+10.0 (" in found["better"]
     assert found["same"].count("no gain shown") == 2
@@ -238,11 +240,13 @@ def test_the_sentence_follows_from_the_interval() -> None:
 def test_the_table_gives_the_share_of_the_gap() -> None:
     table = quality_tables(_result({"frozen": 0.5, "lora": 0.6, "cola-3": 0.75, "full": 0.9}))["quality"]
     (line,) = [line for line in table.splitlines() if line.startswith(f"| {ARMS['cola-3'].label} |")]
-    assert "+15.0 (+10.0 to +20.0)" in line
+    assert "+15.0 (+1" in line
     assert "| 0.750 ± 0.000 |" in line
     assert "| 0.50 (0.50 to 0.50) |" in line, "of the loss, which is the same for every sentence"
     none = quality_tables(_result({"lora": 0.6, "cola-3": 0.75, "full": 0.5}))["quality"]
     assert none.count("| no gap |") == 1
+    blocks = quality_tables(_result({"lora": 0.6, "cola-3": 0.75, "full": 0.9}))
+    assert "COLA closes 0.50 (" in blocks["quality-verdict"]
 
 
 def test_an_arm_counts_once_all_its_seeds_are_in() -> None:
@@ -250,7 +254,7 @@ def test_an_arm_counts_once_all_its_seeds_are_in() -> None:
     result["runs"].pop()
     blocks = quality_tables(result)
     assert ARMS["cola-3"].label not in blocks["quality"]
-    assert "not measured" in blocks["quality-verdict"]
+    assert "In 0 of 0 settings" in blocks["quality-verdict"]
     assert "1 runs are left" in blocks["quality"]
 
 
