@@ -29,7 +29,7 @@ setup(
     install_requires=[
         "torch>=2.7",
         "triton>=3.3; platform_system == 'Linux'",
-        "transformers>=4.56",
+        "transformers>=5.17",
         "datasets>=3.0",
         "safetensors>=0.4.3",
         "filelock>=3.12",

@@ -27,6 +27,7 @@ from .errors import UserError
 from .layer import PARTS
 from .methods import METHODS
 from .schedule import Schedule, Span, plan
+from .versions import require_tested
 
 FOLDER = "chain"  # in a checkpoint
 SAMPLES = 64
@@ -72,6 +73,7 @@ class ChainCallback(TrainerCallback):
         keys = {
             "links": links, "shares": shares, "ranks": ranks, "lr_span": lr_span, "optimizer_state": optimizer_state,
         }  # fmt: skip
+        require_tested("transformers", "ChainCallback")
         self.chain = chain
         self.config = _checked(method, {key: value for key, value in keys.items() if value is not None})
         self.schedule: Schedule | None = None

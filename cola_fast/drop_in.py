@@ -7,15 +7,13 @@ saving, loading, merging, disabling and switching adapters work as before, and u
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
 from .errors import UserError
-
-PEFT_TESTED = ("0.19", "0.21")  # minor versions: our tests pass on all of them, PEFT's own were run on 0.21
+from .versions import require_tested
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def accelerate_peft(model: nn.Module) -> DropInReport:
         UserError: PEFT is not installed or not a tested version, or no layer can be replaced. The model is then as it
             was.
     """
-    _require_tested_version()
+    require_tested("peft", "accelerate_peft")
     from peft.tuners.lora import LoraLayer
 
     from . import fused_peft
@@ -86,20 +84,3 @@ def restore_peft(model: nn.Module) -> None:
 
     for module in model.modules():
         fused_peft.restore(module)
-
-
-def _require_tested_version() -> None:
-    first, last = PEFT_TESTED
-    try:
-        version = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("accelerate_peft needs PEFT, which is not installed: pip install 'cola_fast[peers]'.") from None
-    if not _minor(first) <= _minor(version) <= _minor(last):
-        raise UserError(
-            f"accelerate_peft is tested with PEFT {first} to {last}, but {version} is installed: install one of those, "
-            "or train without it."
-        )
-
-
-def _minor(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])

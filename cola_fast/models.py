@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .errors import UserError
+from .versions import require_tested
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -20,6 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def load_model(config: ModelConfig) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained`, on the device, in the dtype, in eval mode, never running remote code
     unless `trust_remote_code` says so, and never reading pickled weights."""
+    require_tested("transformers", "cola_fast")
     from transformers import AutoModelForCausalLM
 
     device = resolve_device(config.device)
