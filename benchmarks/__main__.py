@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     small = commands.add_parser("cpu", help="every suite of speed and memory for a CPU, and whether one became slower")
     small.add_argument("--quick", action="store_true", help="a minute's look, in a temporary folder")
     report = commands.add_parser("report", help="draw the page of all results, and write the tables in the texts")
-    texts = [Path("README.md"), Path("benchmarks/PROFILE.md"), Path("benchmarks/SCALING.md")]
+    texts = [Path("README.md"), *(Path("benchmarks", f"{name}.md") for name in ("RESULTS", "PROFILE", "SCALING"))]
     report.add_argument("--into", type=Path, nargs="+", default=texts, help="whose tables to write")
     report.add_argument("--page", type=Path, default=Path("benchmarks/report.html"))
     chosen = parser.parse_args(arguments)
