@@ -53,7 +53,7 @@ SUITES = {
     "demo": Entry("What does the demo reach, and how long does it take?", "benchmarks.demo"),
     "gelora": Entry("How does the intrinsic dimension change with depth, and which ranks follow?", "benchmarks.gelora"),
     "quality": Entry("Does a chain learn more than LoRA at the same cost?", "benchmarks.quality"),
-    "quality_cost": Entry("What does a step of each arm of `quality` cost?", "benchmarks.quality_cost"),
+    "quality_cost": Entry("What does a step of the arms of `quality` cost?", "benchmarks.quality_cost"),
     "knot": Entry("What does a knot cost, and what does it keep, in 16 and in 4 bits?", "benchmarks.knot"),
     "lora_linear": Entry(
         "What does a LoRA linear cost above its frozen linear on a GPU, here and elsewhere?", "benchmarks.lora_linear"
