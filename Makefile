@@ -25,8 +25,7 @@ aot: $(STAMP)
 	$(BIN)/python -m cola_kernels.compile --targets sm_80,sm_90,sm_100
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks run step_time
-	$(BIN)/python -m benchmarks report
+	$(BIN)/python -m benchmarks cpu
 
 $(STAMP): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -11,6 +11,7 @@ from setuptools import setup
 demo = ["gguf>=0.10"]
 bitsandbytes = ["bitsandbytes>=0.46"]
 peers = ["peft>=0.19", "trl>=0.20", "accelerate>=1.0"]
+liger = ["liger-kernel>=0.8; platform_system == 'Linux'"]
 loggers = ["tensorboard>=2.14", "trackio>=0.2"]
 tests = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-tqdm"]
 
@@ -28,7 +29,7 @@ setup(
     install_requires=[
         "torch>=2.7",
         "triton>=3.3; platform_system == 'Linux'",
-        "transformers>=4.56",
+        "transformers>=5.17",
         "datasets>=3.0",
         "safetensors>=0.4.3",
         "filelock>=3.12",
@@ -39,9 +40,10 @@ setup(
     extras_require={
         "bitsandbytes": bitsandbytes,
         "demo": demo,
+        "liger": liger,
         "peers": peers,
         "loggers": loggers,
-        "tests": tests + demo + bitsandbytes + peers,
+        "tests": tests + demo + bitsandbytes + liger + peers,
     },
     entry_points={"console_scripts": ["cola = cola_fast.cli:main"]},
 )

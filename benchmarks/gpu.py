@@ -2,11 +2,12 @@
 
     parity        the kernels' tests on the GPU: bf16, fp16 and fp32 counted apart
     tune          a table for this GPU, in DIR; what follows uses it
-    lora_linear, kernels, convergence     the suites of those names
+    lora_linear, kernels, convergence, train, memory, overhead, profile     the suites of those names
 
 Each stage is a process of its own, in this order, with its own limit within the whole. One that fails or runs out of
-time is recorded and the next one starts; suites and the tuner keep what they have as they go. DIR holds few files:
-summary.json, log.txt, the table, and a JSON a suite.
+time is recorded and the next one starts; suites and the tuner keep what they have as they go. The same command again
+goes on with what has not passed yet, as often as it takes. DIR holds few files: summary.json, log.txt, the table, and a
+JSON a suite.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from . import harness
+from .registry import UNFINISHED
 
 GRACE = 15.0  # seconds of a stage's limit that are left to finish what was begun
 DTYPES = ("bfloat16", "float16", "float32")
@@ -39,7 +41,7 @@ class Stage:
 @dataclass(frozen=True)
 class Outcome:
     stage: str
-    status: str  # passed, failed, out of time, not started
+    status: str  # passed, failed, unfinished, out of time, not started
     seconds: float
     exit_code: int | None = None
 
@@ -60,7 +62,9 @@ def stages(out: Path, *, quick: bool) -> list[Stage]:
     ]
 
 
-_SUITES = {"lora_linear": 0.3, "kernels": 0.2, "convergence": 0.25}
+# they take what is left, and the first two go on where they stopped
+_OF_MODELS = ("train", "memory", "overhead", "profile")
+_SUITES = {"lora_linear": 0.3, "kernels": 0.2, "convergence": 0.25, **dict.fromkeys(_OF_MODELS, 1.0)}
 
 
 def _suite(name: str, out: Path, quick: bool) -> list[str]:
@@ -69,7 +73,7 @@ def _suite(name: str, out: Path, quick: bool) -> list[str]:
 
 
 def main(out: Path, seconds: float, *, quick: bool) -> int:
-    """0 if every stage passed."""
+    """0 if every stage has passed, in this call or an earlier one into the same folder."""
     if harness.device().type == "cpu" and not quick:
         print("No GPU is visible; --quick rehearses on the CPU.", file=sys.stderr)
         return 2
@@ -77,12 +81,16 @@ def main(out: Path, seconds: float, *, quick: bool) -> int:
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
-    log.write_text("")
-    summary: dict[str, Any] = {"environment": harness.environment(), "quick": quick, "seconds": seconds, "stages": []}
+    summary: dict[str, Any] = {"environment": harness.environment(), "quick": quick, "seconds": seconds}
+    earlier = _earlier(out / "summary.json", summary)
+    summary["parity"] = earlier.get("parity")
+    passed = {o["stage"]: Outcome(**o) for o in earlier.get("stages", []) if o["status"] == "passed"}
     outcomes = []
     for stage in stages(out, quick=quick):
         left = seconds - (time.monotonic() - began)
-        outcomes.append(_run(stage, min(left, stage.share * seconds), log, _environment(out)))
+        again = passed.get(stage.name)
+        environment = _environment(out, of_kernels=stage.name not in _OF_MODELS)
+        outcomes.append(again or _run(stage, min(left, stage.share * seconds), log, environment))
         harness.say(f"{outcomes[-1]}")
         summary["stages"] = [asdict(outcome) for outcome in outcomes]
         if (out / "parity.xml").is_file():
@@ -92,11 +100,21 @@ def main(out: Path, seconds: float, *, quick: bool) -> int:
     return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1
 
 
-def _environment(out: Path) -> dict[str, str]:
-    """Nothing need be installed; the fresh table is found; a rehearsal without a GPU interprets the kernels."""
+def _earlier(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary of an earlier call on the same commit and device; without one, nothing."""
+    if not path.is_file():
+        return {}
+    found = harness.read(path)
+    same = all(found["environment"][key] == summary["environment"][key] for key in ("device", "commit", "dirty"))
+    return found if same and found["quick"] == summary["quick"] else {}
+
+
+def _environment(out: Path, *, of_kernels: bool = True) -> dict[str, str]:
+    """Nothing need be installed; the fresh table is found; a rehearsal without a GPU interprets the kernels, but where
+    whole models are trained."""
     path = os.pathsep.join([str(harness.ROOT), str(harness.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     added = {"PYTHONPATH": path, "COLA_KERNELS_CACHE": str(out), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    if harness.device().type == "cpu":
+    if harness.device().type == "cpu" and of_kernels:
         added |= {"TRITON_INTERPRET": "1", "COLA_KERNELS_BACKEND": "triton"}
     return os.environ | added
 
@@ -117,7 +135,7 @@ def _run(stage: Stage, limit: float, log: Path, environment: dict[str, str]) -> 
             os.killpg(process.pid, signal.SIGKILL)  # its workers, too
             process.wait()
             code = None
-    status = {0: "passed", None: "out of time"}.get(code, "failed")
+    status = {0: "passed", UNFINISHED: "unfinished", None: "out of time"}.get(code, "failed")
     return Outcome(stage.name, status, round(time.monotonic() - began, 1), code)
 
 

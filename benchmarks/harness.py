@@ -34,7 +34,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-VERSIONS = ("torch", "triton", "transformers", "peft", "accelerate")
+VERSIONS = ("torch", "triton", "transformers", "peft", "accelerate", "trl", "bitsandbytes", "liger-kernel", "unsloth")
 
 
 class ParityError(Exception):
@@ -183,6 +183,7 @@ def environment() -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device().type == "cuda" else _cpu_model()
     return {
         "device": name,
+        "gpu": device().type == "cuda",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability()
@@ -190,8 +191,10 @@ def environment() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{package: _version(package) for package in VERSIONS},
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("BENCHMARK_COMMIT"),  # a copy without .git
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!README.md", ":!benchmarks/results")),
+        "commit": git("rev-parse", "HEAD") or os.environ.get("BENCHMARK_COMMIT"),  # a copy without .git
+        "dirty": bool(
+            git("status", "--porcelain", "--", ".", ":!*.md", ":!benchmarks/results", ":!benchmarks/report.html")
+        ),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -214,9 +217,14 @@ def write_result(path: Path, result: Any) -> None:
     unfinished.replace(path)
 
 
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def read_results(suite: str) -> list[dict[str, Any]]:
     """Of every device, in the order of the file names."""
-    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{suite}-*.json")))
+    found = map(read, sorted(RESULTS.glob(f"{suite}-*.json")))
     return [result for result in found if result["suite"] == suite]
 
 
@@ -236,7 +244,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What git prints in this repository; None where it fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,11 +1,8 @@
-"""What does a knot cost, and what does it keep?
+"""What does a knot in 4 bits keep?
 
-**Time**: tying a trained link of SmolLM2-135M into bf16 weights and opening the next, beside PEFT's way:
-merge_and_unload, get_peft_model, a new optimizer.
-
-**Gain kept**: a link trained on the demo's task over NF4 weights is folded into them. The gain is what training took
-off the test loss; kept is the share of it that is left after the knot. PEFT's merge_and_unload of the same link, in the
-same 4-bit weights, stands beside it.
+A link trained on the demo's task over NF4 weights is folded into them. The gain is what training took off the test
+loss; kept is the share of it that is left after the knot. PEFT's merge_and_unload of the same link, in the same 4-bit
+weights, stands beside it.
 """
 
 from __future__ import annotations
@@ -13,28 +10,25 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from cola_fast import attach, load_chain
+from cola_fast import load_chain
 from cola_fast.bases import choose_base
-from cola_fast.config import Config, ModelConfig
+from cola_fast.config import Config
 from cola_fast.data import load_data
 from cola_fast.demo import demo_config
 from cola_fast.evaluate import Score, evaluate
-from cola_fast.models import context_length, load_model, load_tokenizer
+from cola_fast.models import context_length, forbid_repacking, load_model, load_tokenizer
 from cola_fast.trainer import train
 
 from . import harness
+from .charts import Bar, Chart
 from .registry import Options
 from .report import describe, markdown
 
-ROUNDS = 5
 WAYS = {  # base kind and rounding
     "ledger": ("ledger", "auto"),
     "in place, stochastic": ("nf4", "stochastic"),
@@ -46,56 +40,7 @@ PEFT = "PEFT merge_and_unload"
 def run(options: Options) -> dict[str, Any]:
     quick = options.quick
     seeds = range(1 if quick else 3)
-    return {"time": _time(quick), "kept": [_kept(seed, quick) for seed in seeds]}
-
-
-# --- time -------------------------------------------------------------------------------------------------------------
-
-
-def _time(quick: bool) -> dict[str, Any]:
-    config = replace(demo_config().model, dtype="bf16")
-    sides = {"ours": _ours(config), "peft": _peft(config)}
-    samples = harness.interleave(
-        {name: partial(harness.timed, knot) for name, knot in sides.items()}, rounds=2 if quick else ROUNDS
-    )
-    return harness.summarise(samples, "ours")
-
-
-def _ours(config: ModelConfig) -> Callable[[], None]:
-    chain = attach(load_model(config), r=8, targets="all-linear")
-
-    def knot() -> None:
-        _disturb(chain.model)
-        chain.tie()
-        chain.extend()
-        torch.optim.AdamW(chain.parameters())
-
-    return knot
-
-
-def _peft(config: ModelConfig) -> Callable[[], None]:
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    held = [get_peft_model(load_model(config), settings)]
-
-    def knot() -> None:
-        _disturb(held[0])
-        held[0] = get_peft_model(held[0].merge_and_unload(), settings)
-        torch.optim.AdamW([p for p in held[0].parameters() if p.requires_grad])
-
-    return knot
-
-
-@torch.no_grad()
-def _disturb(model: nn.Module) -> None:
-    """A link that has been trained; the same small work on both sides."""
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.fill_(1e-4)
-
-
-# --- what is kept -----------------------------------------------------------------------------------------------------
+    return {"kept": [_kept(seed, quick) for seed in seeds]}
 
 
 def _kept(seed: int, quick: bool) -> dict[str, Any]:
@@ -137,9 +82,7 @@ def _merged_by_peft(config: Config, adapter: Path) -> nn.Module:
     from peft import PeftModel
 
     merged: nn.Module = PeftModel.from_pretrained(load_model(config.model), str(adapter)).merge_and_unload()
-    for module in merged.modules():  # PEFT makes new layers, which would repack themselves
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+    forbid_repacking(merged)  # PEFT makes new layers
     return merged
 
 
@@ -153,10 +96,16 @@ def _gains(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "knot-kept": f"{_kept_table(result['kept'])}\n\n{_kept_note(result['kept'])} {describe(result)}",
-        "knot-time": f"{_time_table(result['time'])}\n\n{describe(result)}",
-    }
+    return {"knot-kept": f"{_kept_table(result['kept'])}\n\n{_kept_note(result['kept'])} {describe(result)}"}
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    runs, rows = result["kept"], []
+    for name in runs[0]["gain_kept"]:
+        gains = [run["gain_kept"][name] for run in runs]
+        rows.append((name, [Bar("gain kept", sum(gains) / len(gains), min(gains), max(gains))]))
+    unit = f"share of the link's gain, mean of {len(runs)} seeds with the lowest and the highest"
+    return [Chart("What a knot keeps in four bits", unit, rows, floor=(1.0, "all of it"))]
 
 
 def _kept_table(runs: list[Mapping[str, Any]]) -> str:
@@ -173,17 +122,3 @@ def _kept_note(runs: list[Mapping[str, Any]]) -> str:
         f"SmolLM2-135M in NF4 (double quantisation), one link of rank 8 on all linears, {runs[0]['steps']} steps of "
         f"the demo's task; one figure a seed ({', '.join(str(r['seed']) for r in runs)})."
     )
-
-
-def _time_table(time: Mapping[str, Any]) -> str:
-    ours, peft = (harness.Spread(**time["seconds"][name]) for name in ("ours", "peft"))
-    ratio = harness.Spread(**time["ratio"]["peft"])
-    lines = [
-        ["tie, extend, new AdamW", f"{ours.median:.3f} ({ours.q1:.3f} to {ours.q3:.3f})", ""],
-        [
-            "PEFT: merge_and_unload, get_peft_model, new AdamW",
-            f"{peft.median:.3f} ({peft.q1:.3f} to {peft.q3:.3f})",
-            f"**{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})**",
-        ],
-    ]
-    return markdown(["a knot of SmolLM2-135M, 210 linears, bf16", "s", "cola_fast / this"], lines)

@@ -27,6 +27,7 @@ import torch
 from cola_kernels import matmul, skinny, tuning
 
 from . import harness, layers
+from .charts import Bar, Chart
 from .layers import Problem
 from .registry import Options
 from .report import describe, markdown
@@ -199,6 +200,18 @@ _NOTE = (
     "Forward and backward over the frozen linears' (forward and dX by cuBLAS), medians of interleaved pairs with "
     "quartiles; PEFT: fp32 adapters under autocast, PEFT bf16: autocast_adapter_dtype=False; fp32 factors in ours."
 )
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    """The blocks; a single linear is in the table."""
+    rows = []
+    for row in result["rows"]:
+        if row["shape"] == BLOCK:
+            floor = row["samples"]["frozen"]
+            above = {n: harness.Spread.of_ratio(row["samples"][n], floor) for n in TITLES if n in row["samples"]}
+            rows.append((_label(row), [Bar(TITLES[n], r.median, r.q1, r.q3) for n, r in above.items()]))
+    unit = "time / the frozen linears' time (lower is better)"
+    return [Chart("A block's linears, forward and backward", unit, rows, floor=(1.0, "the frozen linears alone"))]
 
 
 def _time_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -106,4 +106,4 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     ]
     note = f"Movie sentences in batches of {BATCH}; trained: numbers in one link, the first, without the head."
     table = markdown(["", "trained", "step, ms", "over LoRA's", "a knot, ms", "peak memory, MiB"], lines)
-    return {"quality-cost": f"{table}\n\n{note} {describe(result)}"}
+    return {"quality_cost-steps": f"{table}\n\n{note} {describe(result)}"}

@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from .charts import Chart
+
+
+UNFINISHED = 3  # exit code: the time was up; the same command goes on
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,7 @@ class Options:
     quick: bool = False  # a minute's look; for a GPU suite a rehearsal in small, on a CPU if need be
     full: bool = False  # every combination
     seconds: float = math.inf  # start nothing after that, and return what there is
+    found: Mapping[str, Any] = field(default_factory=dict)  # what an unfinished run has kept, to go on from
     keep: Callable[[Mapping[str, Any]], None] = lambda measured: None  # takes what has been measured so far
 
 
@@ -40,6 +47,12 @@ class Plotted(Protocol):
         ...
 
 
+class Charted(Protocol):
+    """A suite whose results are bars on the page of `python -m benchmarks report`."""
+
+    def charts(self, result: Mapping[str, Any]) -> list[Chart]: ...
+
+
 @dataclass(frozen=True)
 class Entry:
     question: str
@@ -51,10 +64,13 @@ class Entry:
 
 SUITES = {
     "demo": Entry("What does the demo reach, and how long does it take?", "benchmarks.demo"),
+    "drop_in": Entry("What does accelerate_peft take off a training step of a PEFT model?", "benchmarks.drop_in"),
     "gelora": Entry("How does the intrinsic dimension change with depth, and which ranks follow?", "benchmarks.gelora"),
     "quality": Entry("Does a chain learn more than LoRA at the same cost?", "benchmarks.quality"),
     "quality_cost": Entry("What does a step of the arms of `quality` cost?", "benchmarks.quality_cost"),
-    "knot": Entry("What does a knot cost, and what does it keep, in 16 and in 4 bits?", "benchmarks.knot"),
+    "knot": Entry("What does a knot in 4 bits keep?", "benchmarks.knot"),
+    "knot_time": Entry("What does a knot in 16 bits cost?", "benchmarks.knot_time"),
+    "four_bit": Entry("Does a chain on 4-bit weights keep what its links learn?", "benchmarks.four_bit"),
     "lora_linear": Entry(
         "What does a LoRA linear cost above its frozen linear on a GPU, here and elsewhere?", "benchmarks.lora_linear"
     ),
@@ -62,8 +78,15 @@ SUITES = {
     "convergence": Entry(
         "Do the Triton kernels train, compile and replay like the reference?", "benchmarks.convergence"
     ),
-    "step_time": Entry(
-        "How long do a LoRA linear and a whole training step take, beside PEFT and transformers' Trainer?",
-        "benchmarks.step_time",
+    "memory": Entry(
+        "How much memory does a step need, here and in PEFT, and does --dry-run say so?", "benchmarks.memory"
     ),
+    "overhead": Entry(
+        "What does a chain cost above plain LoRA, and the trainer above a bare loop?", "benchmarks.overhead"
+    ),
+    "linears": Entry(
+        "How long do the LoRA linears of a small model take on a CPU, beside PEFT's?", "benchmarks.linears"
+    ),
+    "profile": Entry("Where does the time of one training step go?", "benchmarks.profile"),
+    "train": Entry("How fast is a whole training step, beside other trainers?", "benchmarks.train"),
 }

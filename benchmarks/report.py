@@ -27,10 +27,20 @@ def fill(text: str, blocks: Mapping[str, str]) -> str:
     return _BLOCK.sub(replaced, text)
 
 
+def names(text: str) -> list[str]:
+    """Of the marked blocks."""
+    return [name for _, name, _ in _BLOCK.findall(text)]
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The first column to the left, the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values: Mapping[str, float]) -> str:
+    """A ratio's median and quartiles, from JSON."""
+    return f"{values['median']:.2f} ({values['q1']:.2f} to {values['q3']:.2f})"
 
 
 def describe(result: Mapping[str, Any]) -> str:

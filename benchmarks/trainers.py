@@ -1,83 +1,101 @@
-"""One training step's time in two trainers, on the demo's model and data: this library's `train()` and transformers'
-`Trainer` on a PEFT model. Everything that a user can set is set alike:
+"""One training run in several trainers: this library's `train()` and others. Everything a user can set is set alike:
 
-    model, dtype, attention (what from_pretrained gives), threads, adapters on the same modules with the same rank,
-    alpha, dropout and initial values; the same batches, tensor by tensor (our collator feeds the Trainer: examples,
-    order, padding, mask and position_ids); AdamW (fused) with a constant learning rate, clipping at 1.0;
-    no evaluation, saving or logging between the two clock readings; adapters in fp32, which is PEFT's default and ours
+    model, dtype, attention implementation, threads, adapters on the same modules with the same rank, alpha, dropout
+    and initial values; the same batches, tensor by tensor (our collator feeds the others: examples, order, padding,
+    mask, position_ids and packing); AdamW (fused) with a constant learning rate, clipping at 1.0; activation
+    checkpointing on both sides or on none; no evaluation or saving between two clock readings; adapters in fp32, which
+    is PEFT's default and ours
 
-What remains is what the two do. PEFT computes the low-rank branch of a bf16 model in fp32 (it casts x up), we in bf16.
-The Trainer asks the model for the logits of every position and their loss in fp32, we for those with a label only.
+PEFT's prepare_model_for_kbit_training is left out: it would make the head and the norms fp32 on one side only.
+What remains is what they do. PEFT computes the low-rank branch of a bf16 model in fp32 (it casts x up), we in bf16.
+transformers' Trainer asks for the logits of every position and their loss in fp32, we for those with a label only.
 
-Each call trains afresh from the same start, so that all calls of a side repeat the same steps. The clock runs from the
-end of the first step, which allocates, to the end of the last.
+    ours              cola_fast.train
+    ours_all_logits   the same, made to compute every logit, to see what leaving them out is worth
+    peft              transformers' Trainer on a PEFT model
+    liger             the same with use_liger_kernel: fused loss, RMSNorm, RoPE and SwiGLU. Ours has none of Liger
+    trl               TRL's SFTTrainer on a PEFT model
+    unsloth           its model and its LoRA in transformers' Trainer; its own initial values
+    full              transformers' Trainer on every weight of the model, in the model's dtype: another training
+
+Each call trains afresh from the same start, so that all calls of a side repeat the same steps. The clock is read at the
+end of the first step, which allocates, and of every `span` steps.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
-from cola_fast import assets, attach, config, metrics, models, trainer
+from cola_fast import attach, metrics, models, trainer
 from cola_fast.batches import Batch, Feed, collate
 from cola_fast.config import Config
 from cola_fast.data import load_data
 from cola_fast.encode import IGNORE, Example
-from cola_fast.peft_format import Factors
 
 from . import harness
+
+Watch = Callable[[nn.Module], nn.Module]  # is shown the loaded model, before anything is attached to it
 
 
 @dataclass(frozen=True)
 class Times:
-    seconds: float  # of every step but the first, together
-    losses: list[float]  # of every step, if asked for
+    samples: list[float]  # seconds a step, of each span
+    losses: list[float]  # of the first step, then the mean of the steps of each span
 
 
 class Problem:
-    """`steps` optimizer steps of the demo, as one link without a schedule."""
+    """A configuration's steps and batches: `config.schedule.steps` of them, read by the clock every `span`."""
 
-    def __init__(self, steps: int, dtype: str) -> None:
-        import transformers
+    def __init__(self, config: Config, span: int | None = None) -> None:
+        from transformers.utils import logging
 
-        self.steps = steps
-        self.config = _configure(steps, dtype)
-        transformers.utils.logging.disable_progress_bar()
-        model = models.load_model(self.config.model)
-        self.attention = getattr(model.config, "_attn_implementation", "")
-        tokenizer = models.load_tokenizer(self.config.model)
-        data = load_data(self.config.data, tokenizer, context=models.context_length(model), seed=self.config.train.seed)
-        order = islice(self._feed(data.train, data.max_length).sampler, steps)
-        self.examples = [data.train[i] for batch in order for row in batch for i in row]
-        batches = list(islice(self._feed(data.train, data.max_length), steps))
-        self.tokens = sum(batch.tokens for batch in batches[1:])  # between the clock readings
-        c = self.config.chain
-        chain = attach(model, r=c.r, alpha=c.alpha, targets=c.targets, seed=self.config.train.seed)
-        self.initial: dict[str, Factors] = chain.open_factors()
+        logging.disable_progress_bar()
+        steps = config.schedule.steps
+        assert steps is not None
+        self.config, self.steps, self.span = config, steps, span or steps
+        self.marks = sorted({1, *range(self.span, steps + 1, self.span)})
+        empty = models.load_empty_model(config.model)
+        self.attention = str(getattr(empty.config, "_attn_implementation", ""))
+        tokenizer = models.load_tokenizer(config.model)
+        data = load_data(config.data, tokenizer, context=models.context_length(empty), seed=config.train.seed)
+        batches = islice(Feed(data.train, config.train, max_length=data.max_length).sampler, steps)
+        self.rows = [[data.train[i] for i in row] for batch in batches for row in batch]
+        size = config.train.batch_size
+        self.tokens = [
+            sum(len(example) for row in self.rows[i * size : (i + 1) * size] for example in row) for i in range(steps)
+        ]
 
-    def _feed(self, examples: list[Example], max_length: int) -> Feed:
-        return Feed(examples, self.config.train, max_length=max_length)
+    @property
+    def tokens_per_step(self) -> float:
+        """Of the steps that are timed."""
+        return sum(self.tokens[1:]) / max(1, self.steps - 1)
 
 
-def ours(problem: Problem, *, each_loss: bool = False) -> Times:
+Side = Callable[[Problem, Watch], Times]
+
+
+def ours(problem: Problem, watch: Watch = lambda model: model) -> Times:
     """`cola_fast.train`, by its own metrics."""
-    log_every = 1 if each_loss else problem.steps
     with tempfile.TemporaryDirectory() as folder:
-        chosen = replace(problem.config, out=f"{folder}/run", train=replace(problem.config.train, log_every=log_every))
-        trainer.train(chosen, quiet=True)
+        every_span = replace(problem.config.train, log_every=problem.span)
+        chosen = replace(problem.config, out=f"{folder}/run", train=every_span)
+        with patch.object(trainer, "load_model", lambda config: watch(models.load_model(config))):
+            trainer.train(chosen, quiet=True)
         rows = [row for row in metrics.read(Path(chosen.out)) if row["event"] == "train"]
-    losses = [row["loss"] for row in rows]
-    return Times(problem.tokens / rows[-1]["tokens_per_second"], losses)
+    spans = zip(pairwise(problem.marks), rows[1:], strict=False)
+    seconds = [sum(problem.tokens[i:j]) / row["tokens_per_second"] / (j - i) for (i, j), row in spans]
+    return Times(seconds, [row["loss"] for row in rows])
 
 
 class _EveryPosition(Feed):
@@ -90,104 +108,196 @@ class _EveryPosition(Feed):
         return replace(batch, positions=torch.arange(targets.shape[1]), targets=targets)
 
 
-def ours_all_logits(problem: Problem) -> Times:
-    """Our trainer without its leaving out of logits, to see what that is worth."""
+def ours_all_logits(problem: Problem, watch: Watch = lambda model: model) -> Times:
     with patch.object(trainer, "Feed", _EveryPosition):
-        return ours(problem)
+        return ours(problem, watch)
 
 
-def theirs(problem: Problem, *, each_loss: bool = False) -> Times:
-    """`transformers.Trainer` on a PEFT model, by a callback that reads the clock."""
-    import transformers
+def peft(problem: Problem, watch: Watch = lambda model: model) -> Times:
+    return _run_trainer(problem, peft_model(problem.config, watch))
 
-    clock = _clock()
+
+def liger(problem: Problem, watch: Watch = lambda model: model) -> Times:
+    return _run_trainer(problem, peft_model(problem.config, watch), use_liger_kernel=True)
+
+
+def trl(problem: Problem, watch: Watch = lambda model: model) -> Times:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    def collator(items: list[dict[str, int]]) -> dict[str, Tensor]:
+        given = inputs([problem.rows[item["row"]] for item in items])
+        if not {"attention_mask", "position_ids"} & set(given):  # TRL wants one of them, also where it says nothing
+            given["position_ids"] = torch.arange(given["input_ids"].shape[1])[None]
+        return given
+
     with tempfile.TemporaryDirectory() as folder:
-        run = transformers.Trainer(
-            model=_peft_model(problem),
-            args=_arguments(problem, folder, logging_steps=1 if each_loss else problem.steps),
-            train_dataset=problem.examples,
-            data_collator=_inputs,
-            callbacks=[clock],
+        run = SFTTrainer(
+            model=peft_model(problem.config, watch),
+            args=SFTConfig(**_arguments(problem, folder), dataset_kwargs={"skip_prepare_dataset": True}),
+            train_dataset=Dataset.from_dict({"row": list(range(len(problem.rows)))}),
+            processing_class=models.load_tokenizer(problem.config.model),
+            data_collator=collator,
+            callbacks=[clock := _clock(problem)],
         )
-        run.remove_callback(transformers.PrinterCallback)
-        run.train()
-    losses = [row["loss"] for row in run.state.log_history if "loss" in row]
-    return Times(clock.ends[-1] - clock.ends[0], losses)
+        return _timed(problem, run, clock)
 
 
-def _configure(steps: int, dtype: str) -> Config:
-    raw = yaml.safe_load(resources.files("cola_fast").joinpath("demo.yaml").read_text(encoding="utf-8"))
-    raw["model"] |= {"name": str(assets.smollm2()), "dtype": dtype}
-    raw["data"] |= {"train": str(assets.sentiment()["train"]), "eval": None, "test": None, "eval_share": 0.0}
-    raw["chain"] |= {"rounding": "nearest"}  # the knot is not timed: the quicker one
-    raw["schedule"] |= {"links": 1, "epochs": None, "steps": steps, "lr_shape": "constant", "warmup": 0.0}
-    raw["train"] |= {"save_every": steps + 1}
-    return config.from_dict(raw)
+def unsloth(problem: Problem, watch: Watch = lambda model: model) -> Times:
+    from unsloth import FastLanguageModel
 
-
-def _peft_model(problem: Problem) -> Any:
-    import peft
-
-    c = problem.config.chain
-    lora = peft.LoraConfig(
+    m, c, t = problem.config.model, problem.config.chain, problem.config.train
+    model, _ = FastLanguageModel.from_pretrained(
+        m.name,
+        max_seq_length=problem.config.data.max_length,
+        dtype=torch.bfloat16,
+        load_in_4bit=m.load_in_4bit,
+    )
+    lora = FastLanguageModel.get_peft_model(
+        watch(model),
         r=c.r,
         lora_alpha=c.alpha,
-        target_modules=c.targets,
         lora_dropout=c.dropout,
-        task_type="CAUSAL_LM",
+        use_gradient_checkpointing=t.activation_checkpointing,
     )
-    model = peft.get_peft_model(models.load_model(problem.config.model), lora)
-    layers = {name: layer for name, layer in model.base_model.model.named_modules() if hasattr(layer, "lora_A")}
-    if layers.keys() != problem.initial.keys():
+    return _run_trainer(problem, lora)
+
+
+def full(problem: Problem, watch: Watch = lambda model: model) -> Times:
+    if problem.config.model.load_in_4bit:
+        raise NotImplementedError("4-bit weights cannot be trained")
+    return _run_trainer(problem, watch(models.load_model(problem.config.model)))
+
+
+SIDES: dict[str, Side] = {
+    "ours": ours,
+    "ours_all_logits": ours_all_logits,
+    "peft": peft,
+    "liger": liger,
+    "trl": trl,
+    "unsloth": unsloth,
+    "full": full,
+}
+TITLES = {
+    "ours": "cola_fast",
+    "ours_all_logits": "cola_fast, made to compute all logits",
+    "peft": "transformers Trainer + PEFT",
+    "liger": "transformers Trainer + PEFT + Liger",
+    "trl": "TRL SFTTrainer + PEFT",
+    "unsloth": "Unsloth",
+    "full": "Trainer, full fine-tuning",
+}
+SAME_START = ("ours", "ours_all_logits", "peft", "liger", "trl")  # these follow the same losses
+PATCHES = {"liger": "liger_kernel", "unsloth": "unsloth"}  # these change transformers for the rest of the process
+
+
+def missing(side: str, device: torch.device) -> str | None:
+    """Why a side cannot be measured here, if so."""
+    package = PATCHES.get(side, "trl" if side == "trl" else "transformers" if side == "full" else "peft")
+    if not side.startswith("ours") and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    return "needs a GPU" if side in PATCHES and device.type == "cpu" else None
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def peft_model(config: Config, watch: Watch = lambda model: model) -> Any:
+    """PEFT's adapters with the initial values that ours have."""
+    import peft as library
+
+    c = config.chain
+    lora = library.LoraConfig(
+        r=c.r, lora_alpha=c.alpha, target_modules=_as_peft_takes(c.targets), lora_dropout=c.dropout,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = watch(models.load_model(config.model))
+    chain = attach(model, r=c.r, alpha=c.alpha, targets=c.targets, seed=config.train.seed)
+    initial = chain.open_factors()
+    chain.detach(discard=True)
+    wrapped = library.get_peft_model(model, lora)
+    layers = {name: layer for name, layer in wrapped.base_model.model.named_modules() if hasattr(layer, "lora_A")}
+    if layers.keys() != initial.keys():
         raise harness.ParityError("PEFT puts adapters on other modules than we do.")
     for name, layer in layers.items():
-        layer.lora_A["default"].weight.data.copy_(problem.initial[name].a)
-        layer.lora_B["default"].weight.data.copy_(problem.initial[name].b)
-    return model
+        layer.lora_A["default"].weight.data.copy_(initial[name].a)
+        layer.lora_B["default"].weight.data.copy_(initial[name].b)
+    return wrapped
 
 
-def _arguments(problem: Problem, folder: str, *, logging_steps: int) -> Any:
+def _as_peft_takes(targets: str | Sequence[str]) -> str | list[str]:
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _run_trainer(problem: Problem, model: Any, **arguments: Any) -> Times:
+    """`transformers.Trainer`, by a callback that reads the clock."""
     import transformers
 
+    with tempfile.TemporaryDirectory() as folder:
+        run = transformers.Trainer(
+            model=model,
+            args=transformers.TrainingArguments(**_arguments(problem, folder), **arguments),
+            train_dataset=problem.rows,
+            data_collator=inputs,
+            callbacks=[clock := _clock(problem)],
+        )
+        return _timed(problem, run, clock)
+
+
+def _timed(problem: Problem, run: Any, clock: Any) -> Times:
+    import transformers
+
+    run.remove_callback(transformers.PrinterCallback)
+    run.train()
+    spans = zip(pairwise(clock.ends), pairwise(problem.marks), strict=True)
+    losses = [row["loss"] for row in run.state.log_history if "loss" in row]
+    return Times([(end - start) / (j - i) for (start, end), (i, j) in spans], losses)
+
+
+def _arguments(problem: Problem, folder: str) -> dict[str, Any]:
     t = problem.config.train
-    return transformers.TrainingArguments(
-        output_dir=folder,
-        max_steps=problem.steps,
-        per_device_train_batch_size=t.batch_size,
-        gradient_accumulation_steps=t.accumulation,
-        train_sampling_strategy="sequential",
-        learning_rate=problem.config.schedule.lr,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        adam_beta1=t.betas[0],
-        adam_beta2=t.betas[1],
-        adam_epsilon=t.eps,
-        weight_decay=t.weight_decay,
-        max_grad_norm=t.clip,
-        seed=t.seed,
-        use_cpu=harness.device().type == "cpu",
-        dataloader_pin_memory=harness.device().type == "cuda",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_steps=logging_steps,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    return {
+        "output_dir": folder,
+        "max_steps": problem.steps,
+        "per_device_train_batch_size": t.batch_size,
+        "gradient_accumulation_steps": t.accumulation,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": problem.config.schedule.lr,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "adam_beta1": t.betas[0],
+        "adam_beta2": t.betas[1],
+        "adam_epsilon": t.eps,
+        "weight_decay": t.weight_decay,
+        "max_grad_norm": t.clip,
+        "gradient_checkpointing": t.activation_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "seed": t.seed,
+        "bf16": False,  # the weights have their dtype; autocast would be another training
+        "use_cpu": harness.device().type == "cpu",
+        "dataloader_pin_memory": harness.device().type == "cuda",
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "logging_steps": problem.span,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
-def _inputs(examples: list[Example]) -> dict[str, Tensor]:
+def inputs(rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
     """A batch of ours as a model of transformers takes it: the token at i + 1 is the label of place i + 1."""
-    batch = collate([[example] for example in examples])
+    batch = collate(rows)
     labels = torch.full_like(batch.input_ids, IGNORE)
     labels[:, batch.positions + 1] = batch.targets
-    inputs = {"input_ids": batch.input_ids, "labels": labels}
+    given = {"input_ids": batch.input_ids, "labels": labels}
     optional = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    return inputs | {name: tensor for name, tensor in optional.items() if tensor is not None}
+    return given | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
 
-def _clock() -> Any:
+def _clock(problem: Problem) -> Any:
     import transformers
 
     class Clock(transformers.TrainerCallback):
@@ -195,7 +305,7 @@ def _clock() -> Any:
             self.ends: list[float] = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in (1, state.max_steps):
+            if state.global_step in problem.marks:
                 harness.synchronize()
                 self.ends.append(time.perf_counter())
 

@@ -16,6 +16,7 @@ from . import store
 from .errors import UserError, near
 from .layer import factor_dtype
 from .link import SealedLink
+from .opening import moves
 from .peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE, Factors
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ UNSUPPORTED = (
     "layer_replication", "megatron_config", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
     "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank can be
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank can be
 
 
 def import_adapter(chain: Chain, folder: Path) -> SealedLink:
@@ -43,7 +44,7 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
     does not fit, and for what is more than `scale · B A` (DoRA, modules_to_save, biases, ...). The model is then as it
     was.
     """
-    if any(bool(layer.lora_B.any()) for layer in chain.layers.values() if layer.lora_B is not None):
+    if any(map(moves, chain.live_factors().values())):
         raise UserError("The open link has been trained and an import would replace it: call tie() and extend() first.")
     given = read_adapter(folder)
     outside = [name for name in given if name not in chain.layers]
@@ -56,14 +57,15 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
     factors = {}
     for name, layer in chain.layers.items():
         n, k, dtype = layer.out_features, layer.in_features, factor_dtype(layer.weight)
-        a, b, alpha = given.get(name) or Factors(torch.zeros(1, k), torch.zeros(n, 1), 1.0)
+        f = given.get(name) or Factors(torch.zeros(1, k), torch.zeros(n, 1), 1.0)
+        a, b, alpha = f.a, f.b, f.alpha
         if a.shape[1] != k or b.shape[0] != n:
             raise UserError(
                 f"The adapter in {folder} fits a weight of {b.shape[0]} x {a.shape[1]} at {name}, but the model's is "
                 f"{n} x {k}: give the adapter of this base model."
             )
         factors[name] = Factors(a.to(dtype), b.to(dtype), alpha)
-    link = chain.append(SealedLink.seal(len(chain.links), factors, **chain.peft_fields(factors)))
+    link = chain.append(lambda: SealedLink.seal(len(chain.links), factors, **chain.peft_fields(factors)))
     chain.extend()
     return link
 
@@ -121,6 +123,8 @@ def cut_to_rank(factors: Factors, rank: int) -> tuple[Factors, float]:
 def vllm_notes(factors: Mapping[str, Factors]) -> list[str]:
     """What vLLM needs to be told to load this adapter, or what is in its way. It takes no modules_to_save and no
     biases, which an adapter of ours never has, and one alpha / r for all modules."""
+    if any(f.magnitude is not None for f in factors.values()):
+        return ["vLLM loads no DoRA adapters: export the merged model"]
     largest = max(f.rank for f in factors.values())
     fitting = next((rank for rank in VLLM_RANKS if rank >= largest), None)
     if fitting is None:

@@ -2,7 +2,8 @@
 
 dense    in the weights, fp32, bf16 or fp16. Rounded once; nothing grows.
 nf4      in the 4-bit codes of bitsandbytes weights, scales frozen. Nothing grows, but a fold has noise, as large as
-         that of quantising; what it kept is reported.
+         that of quantising; what it kept is reported. A replay needs no more than the seed: rounding by activations
+         (`cola_kernels.nf4_merge_`) would need the second moments of every layer's inputs, which are in no chain.
 ledger   beside weights that never change, as frozen factors in the same fused op. Exact on any weights; memory and
          time grow by R (N + K) numbers a module with every link.
 """
@@ -10,16 +11,18 @@ ledger   beside weights that never change, as frozen factors in the same fused o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cola_kernels import FoldReport, merge_, nf4_merge_
 
 from .errors import UserError
+from .gates import output_gate, row_squares
 from .layer import LoRALinear, is_nf4
 from .peft_format import Factors
+from .sharding import over_all, own_rows
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
@@ -34,7 +37,8 @@ class Base(Protocol):
 
 
 class DenseBase:
-    """fp32, bf16 or fp16 weights, changed in place: `W += scale · B A`, fp32 arithmetic, rounded once."""
+    """fp32, bf16 or fp16 weights, changed in place: `W += scale · B A`, fp32 arithmetic, rounded once. With a magnitude
+    rows are then scaled, before that rounding."""
 
     kind = "dense"
 
@@ -42,9 +46,10 @@ class DenseBase:
         self.rounding = rounding
 
     def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
-        weight = layer.weight.data
-        a, b = factors.a.to(weight.device), factors.b.to(weight.device)
-        return merge_(weight, a, b, factors.scale, rounding=self.rounding, seed=seed, report=report)
+        rows = own_rows(layer.weight)
+        update = factors.folded().rows(rows.first, len(rows.weight))
+        found = merge(rows.weight, update, rounding=self.rounding, seed=seed, first_row=rows.first, report=report)
+        return over_all(found, rows, factors.folded()) if found is not None and rows.mesh is not None else found
 
 
 class NF4Base(DenseBase):
@@ -68,10 +73,21 @@ class LedgerBase:
     def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
         dtype, device = layer.compute_dtype, layer.weight.device
         a, b = factors.a.to(device, dtype), (factors.b * factors.scale).to(device, dtype)
-        if layer.ledger_A is not None and layer.ledger_B is not None:
-            a, b = torch.cat((layer.ledger_A, a)), torch.cat((layer.ledger_B, b), dim=1)
+        if layer.ledger is not None:
+            a, b = (torch.cat(parts, dim) for dim, parts in enumerate(zip(layer.ledger, (a, b), strict=True)))
         layer.ledger_A, layer.ledger_B = a, b
         return FoldReport(retained=1.0, error=0.0) if report else None
+
+
+def merge(weight: Tensor, factors: Factors, **options: Any) -> FoldReport | None:
+    """`merge_` of a whole update, its gates included, into a dense weight."""
+    update = factors.folded()
+    a, b = update.a.to(weight.device), update.b.to(weight.device)
+    c = None
+    if update.magnitude is not None:
+        magnitude = update.magnitude.to(weight.device)
+        c = output_gate(magnitude, row_squares(weight), weight, a, b, update.scale)
+    return merge_(weight, a, b, update.scale, c=c, **options)
 
 
 def choose_base(kind: str, rounding: str, modules: Iterable[nn.Linear]) -> Base:

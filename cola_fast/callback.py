@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ from .chain import Chain
 from .checkpoint import drop_open_link, restore, save_copy
 from .config import ScheduleConfig, from_dict
 from .errors import UserError
+from .layer import PARTS
 from .methods import METHODS
 from .schedule import Schedule, Span, plan
+from .versions import require_tested
 
 FOLDER = "chain"  # in a checkpoint
 SAMPLES = 64
@@ -71,10 +73,13 @@ class ChainCallback(TrainerCallback):
         keys = {
             "links": links, "shares": shares, "ranks": ranks, "lr_span": lr_span, "optimizer_state": optimizer_state,
         }  # fmt: skip
+        require_tested("transformers", "ChainCallback")
         self.chain = chain
         self.config = _checked(method, {key: value for key, value in keys.items() if value is not None})
         self.schedule: Schedule | None = None
         self._load_hook: Any = None
+        if getattr(chain.model, "is_quantized", False):  # the Trainer asks for adapters on it, and knows PEFT's only
+            cast(Any, chain.model)._hf_peft_config_loaded = True
         self._loaded: dict[str, Tensor] = {}  # samples of what the Trainer's model file holds
 
     # --- the Trainer's events -----------------------------------------------------------------------------------------
@@ -91,6 +96,7 @@ class ChainCallback(TrainerCallback):
                 "ChainCallback works in a single process on one device, but the Trainer is set up for several: start "
                 "it without a distributed launcher, with CUDA_VISIBLE_DEVICES naming one GPU."
             )
+        vars(self.chain.model).pop("_hf_peft_config_loaded", None)
         self._load_hook = model.register_load_state_dict_pre_hook(self._load_nothing)
 
     def on_train_begin(
@@ -179,7 +185,7 @@ class ChainCallback(TrainerCallback):
 
     def _samples(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Some values of every weight and factor of the chain, enough to tell one chain from another."""
-        names = {f"{layer}.{part}" for layer in self.chain.layers for part in ("weight", "lora_A", "lora_B")}
+        names = {f"{layer}.{part}" for layer in self.chain.layers for part in ("weight", *PARTS)}
         flat = {name: tensors[name].detach().flatten() for name in names if name in tensors}
         return {name: values[:: max(1, len(values) // SAMPLES)].cpu() for name, values in flat.items()}
 

@@ -10,7 +10,7 @@ a process killed anywhere neither loses a link nor folds one twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import store
+from . import store, world
 from .bases import Base, choose_base
+from .calibration import Batches, look
 from .errors import UserError
 from .grouping import Grouping
 from .identity import base_identity, fingerprint
-from .layer import LoRALinear
+from .layer import PARTS, LoRALinear
 from .link import SealedLink, derive_seed, folder_name, summarise
 from .methods import Pair
-from .opening import OpenLink, Settings, covered, first_factors, starts_of
+from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of
 from .peft_format import Factors
 from .record import CHAIN_FILE, FORMAT, load_state, read_record, state_files
 from .targets import assign_ranks, select_modules, short_targets
@@ -55,6 +56,9 @@ def attach(
     frozen: str | None = None,
     share: float = 1.0,
     carry: float = 0.0,
+    gate: str | None = None,
+    batches: Batches | None = None,
+    original: nn.Module | None = None,
 ) -> Chain:
     """Freeze `model` and open link 0 on the targeted linears. The model's function does not change.
 
@@ -66,23 +70,31 @@ def attach(
         seed: of the links' initial values and of stochastic rounding.
         rank_pattern: module name or pattern -> rank, over `r`.
         first_rank: rank of link 0 if it is not `r`, as in a step-down.
-        init, scaling: names from `cola_fast.methods`: how a link starts (kaiming, pissa, olora, carry), and its scale
-            (lora: alpha / R, rslora: alpha / sqrt(R), constant: alpha / r).
+        init, scaling: names from `cola_fast.methods`: how a link starts (kaiming, pissa, olora, carry, eva, lora-ga,
+            loftq), and its scale (lora: alpha / R, rslora: alpha / sqrt(R), constant: alpha / r).
         frozen: "a" or "b", the factor that is not trained.
         share: of the blocks, drawn anew for each link, that it covers.
         carry: with init="carry", the share of a link that the next one starts from.
+        gate: what a link trains beside A and B: adalora, sora (gates on the rank), dora (one on the output) or None.
+        batches: with init="eva" or "lora-ga", a few training batches to look at, for this link and later ones: what
+            the model's forward takes, with labels for lora-ga (`input_ids` and `labels` [B, T], `attention_mask`).
+        original: with init="loftq", the 16-bit model that a 4-bit `model` was quantised from. It is not kept.
 
     Raises:
         UserError (a ValueError): see `cola_fast.targets` and `cola_fast.layer`. The model is then as it was.
     """
     modules = select_modules(model, targets)
     pattern = dict(rank_pattern) if rank_pattern else None
-    settings = Settings(r, float(alpha), dropout, seed, pattern, init, scaling, frozen, share, carry)
+    settings = Settings(r, float(alpha), dropout, seed, pattern, init, scaling, frozen, share, carry, gate)
     settings.validate()
     kind = choose_base(base, rounding, modules.values())
     assign_ranks({n: (m.out_features, m.in_features) for n, m in modules.items()}, first_rank or r, rank_pattern)
     chain = Chain(model, modules, kind, settings, base_identity(model))
-    chain.extend(first_rank)
+    try:
+        chain.extend(first_rank, batches=batches, original=original)
+    except BaseException:
+        chain.detach(discard=True)
+        raise
     return chain
 
 
@@ -102,6 +114,7 @@ class Chain:
         self.open_link: OpenLink | None = None
         self.folder: Path | None = None
         self._recorded: dict[str, Any] | None = None  # chain.json as last written
+        self.batches: list[Any] = []  # what an init that starts from data looks at
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self.grouping = Grouping()
         self.layers = _wrap_all(modules, self.grouping)
@@ -110,10 +123,17 @@ class Chain:
 
     # --- the open link ------------------------------------------------------------------------------------------------
 
-    def extend(self, r: int | None = None, *, rank_pattern: Mapping[str, int] | None = None) -> OpenLink:
+    def extend(
+        self,
+        r: int | None = None,
+        *,
+        rank_pattern: Mapping[str, int] | None = None,
+        batches: Batches | None = None,
+        original: nn.Module | None = None,
+    ) -> OpenLink:
         """Open the next link, of rank `r` (the chain's own when None; `rank_pattern` entries keep theirs).
 
-        rank_pattern: replaces the chain's, from this link on.
+        rank_pattern, batches: replace the chain's, from this link on; original: see `attach`.
         """
         if self.open_link is not None:
             raise UserError("The last link is still open: call tie() before extend().")
@@ -121,15 +141,20 @@ class Chain:
         if rank_pattern is not None:
             assign_ranks(self._shapes(), r or self.settings.r, rank_pattern)
             self.settings = replace(self.settings, rank_pattern=dict(rank_pattern))
-        ranks, index = self.ranks(r), len(self.links)
+        if batches is not None:
+            self.batches = list(batches)
+        ranks, index, init = self.ranks(r), len(self.links), self.settings.init
 
         @cache
         def before() -> dict[str, Factors]:
             return {name: trained for name, (_, trained) in self.links[-1].steps().items()} if self.links else {}
 
-        names = covered(list(self.layers), self.settings, index)
-        factors = {n: first_factors(self.settings, index, n, self.layers[n], ranks[n], before) for n in names}
-        return self.open_with(factors, starts_of(factors))
+        layers = {name: self.layers[name] for name in covered(list(self.layers), self.settings, index)}
+        originals = originals_of(init, index, layers, original)
+        seen = look(init, self.model, layers, ranks, self.batches, derive_seed(self.settings.seed, "look", index))
+        first = first_factors(self.settings, index, layers, ranks, before, seen, originals)
+        factors = world.lead(lambda: first)
+        return self.open_with(factors, starts_of(self.settings, factors))
 
     def ranks(self, r: int | None = None) -> dict[str, int]:
         """Module -> the rank `extend(r)` would give it. Raises UserError for a rank that a module cannot have."""
@@ -141,13 +166,18 @@ class Chain:
         starts: what the link started from, to be taken out of the weights (`cola_fast.opening`).
         """
         index = len(self.links)
+        if self.base.kind != "dense" and any(f.magnitude is not None for f in factors.values()):
+            raise UserError(
+                f"The link scales whole rows of the weight (DoRA), which only a dense weight can take, but base is "
+                f"{self.base.kind}: load the model in 16 bits with base dense, or choose another method."
+            )
         # copies: the factors themselves become the parameters that are trained
         starts = {name: Factors(f.a.clone(), f.b.clone(), f.alpha) for name, f in (starts or {}).items()}
         for name, start in starts.items():
             self._take_out(index, name, start.negated())
         for name, f in factors.items():
             layer = self.layers[name]
-            layer.open(f.a, f.b, scale=f.scale, dropout=self.settings.dropout)
+            layer.open(f.a, f.b, scale=f.scale, dropout=self.settings.dropout, e=f.e, magnitude=f.magnitude)
             for letter, factor in (("a", layer.lora_A), ("b", layer.lora_B)):
                 assert factor is not None
                 factor.requires_grad_(letter != self.settings.frozen)
@@ -164,37 +194,44 @@ class Chain:
         self.grouping.restore(state.get("groups", ()), self.layers)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The open link's `<module>.lora_A` and `<module>.lora_B`, without the frozen ones."""
+        """The open link's `<module>.lora_A`, `<module>.lora_B` and gates, without the frozen ones."""
         for name, layer in self.layers.items():
-            for suffix, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                if factor is not None and factor.requires_grad:
-                    yield f"{name}.{suffix}", factor
+            for part in PARTS:
+                parameter = getattr(layer, part)
+                if parameter is not None and parameter.requires_grad:
+                    yield f"{name}.{part}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer should hold: the open link's trained factors. A new link has new ones."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def pairs(self) -> list[Pair]:
-        """Both factors of each module of the open link, with its scale."""
+        """Both factors of each module of the open link, with its scale and its gate e."""
         return [
-            Pair(layer.lora_A, layer.lora_B, layer.scale)
+            Pair(layer.lora_A, layer.lora_B, layer.scale, layer.lora_e)
             for layer in self.layers.values()
             if layer.lora_A is not None and layer.lora_B is not None
         ]
 
     def live_factors(self) -> dict[str, Factors]:
-        """A copy of the open link's A and B on the CPU, by module."""
-        alphas = self.open_link.alphas if self.open_link is not None else {}
-        return {
-            name: Factors(layer.lora_A.detach().cpu().clone(), layer.lora_B.detach().cpu().clone(), alphas[name])
-            for name, layer in self.layers.items()
-            if layer.lora_A is not None and layer.lora_B is not None
-        }
+        """A copy of the open link's A, B and gates on the CPU, by module."""
+        found: dict[str, Factors] = {}
+        for name, alpha in (self.open_link.alphas if self.open_link is not None else {}).items():
+            parts = (getattr(self.layers[name], part) for part in PARTS)
+            a, b, *gates = (None if part is None else part.detach().cpu().clone() for part in parts)
+            assert a is not None
+            assert b is not None
+            found[name] = Factors(a, b, alpha, *gates)
+        return found
 
     def open_factors(self) -> dict[str, Factors]:
-        """What the open link adds to the sealed ones, by module: its A and B, less what it started from."""
+        """What the open link adds to the sealed ones, by module: its A and B, less what it started from. A gate e is in
+        B; directions it has closed are left out, unless a start takes as many."""
         starts = self.open_link.starts if self.open_link is not None else {}
-        return {name: f.minus(starts[name]) if name in starts else f for name, f in self.live_factors().items()}
+        return {
+            name: f.folded().minus(starts[name]) if name in starts else f.folded(drop=True)
+            for name, f in self.live_factors().items()
+        }
 
     def tie(self) -> SealedLink:
         """Seal the open link, then fold it into the base. Logits stay as they were, up to the base dtype's rounding.
@@ -205,22 +242,32 @@ class Chain:
         if self.open_link is None:
             raise UserError("There is no open link to tie: call extend() first.")
         self._require_complete()
-        factors, difference = self.open_factors(), bool(self.open_link.starts)
-        link = SealedLink.seal(self.open_link.index, factors, difference=difference, **self.peft_fields(factors))
-        return self.append(link)
+        index, difference = self.open_link.index, bool(self.open_link.starts)
 
-    def append(self, link: SealedLink) -> SealedLink:
-        """Make `link` the last sealed one, in place of the open link, whose start has left the weights."""
-        if self.folder is not None:
-            link.write(self.folder / folder_name(link.index))
-            self._write_record([*self.links, link])
+        def seal() -> SealedLink:
+            factors = self.open_factors()
+            return SealedLink.seal(index, factors, difference=difference, **self.peft_fields(factors))
+
+        return self.append(seal)
+
+    def append(self, seal: Callable[[], SealedLink]) -> SealedLink:
+        """Make a link the last sealed one, in place of the open link, whose start has left the weights."""
+
+        def keep() -> SealedLink:
+            link = seal()
+            if self.folder is not None:
+                link.write(self.folder / folder_name(link.index))
+                self._write_record([*self.links, link])
+            return link
+
+        link = world.lead(keep)
         self.links.append(link)
         self.open_link = None
         for layer in self.layers.values():
             layer.close()
         self._fold(link, live=True)
         if self.folder is not None:
-            self._write_record(self.links)  # now with what the fold kept
+            world.lead(lambda: self._write_record(self.links))  # now with what the fold kept
         return link
 
     def detach(self, *, discard: bool = False) -> nn.Module:
@@ -230,14 +277,14 @@ class Chain:
         """
         starts = self.open_link.starts if self.open_link is not None else {}
         trained = any(
-            not (torch.equal(f.a, starts[name].a) and torch.equal(f.b, starts[name].b))
+            not (torch.equal(f.a, starts[name].a) and torch.equal(f.folded().b, starts[name].b))
             if name in starts
-            else bool(f.a.any()) and bool(f.b.any())
+            else moves(f)
             for name, f in self.live_factors().items()
         )
         if trained and not discard:
             raise UserError(
-                "The open link has been trained and would be lost: call tie() first, or detach(discard=True)."
+                "The open link changes the model, which would be lost: call tie() first, or detach(discard=True)."
             )
         if any(layer.ledger_A is not None for layer in self.layers.values()) and not discard:
             raise UserError(
@@ -270,6 +317,10 @@ class Chain:
         """
         self._require_complete()
         folder = Path(folder)
+        world.lead(lambda: self._write(folder, extra))
+        self.folder = folder  # on every rank
+
+    def _write(self, folder: Path, extra: Mapping[str, Any] | None) -> None:
         if self.folder != folder:
             if (folder / CHAIN_FILE).exists():
                 raise UserError(f"{folder} already holds a chain: choose another folder, or load that one.")
@@ -375,7 +426,7 @@ class Chain:
             "rounding": self.base.rounding,
             **asdict(self.settings),
             "modules": {name: list(shape) for name, shape in self._shapes().items()},
-            "links": [link.record() for link in links],
+            "links": [{**link.record(), "base_kind": self.base.kind} for link in links],
         }
 
     def _write_record(self, links: Sequence[SealedLink]) -> None:

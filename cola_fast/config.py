@@ -71,10 +71,12 @@ class ChainConfig:
     ranks: str = "uniform"  # uniform or gelora
     rank_pattern: dict[str, int] | None = None  # module name or pattern -> rank
     gelora: GeLoRAConfig = field(default_factory=GeLoRAConfig)
-    init: str = "kaiming"  # how a link starts: kaiming, pissa, olora or carry
+    init: str = "kaiming"  # how a link starts: kaiming, pissa, olora, carry, eva, lora-ga or loftq
     carry: float = 0.0  # init: carry: the share of a link that the next one starts from
+    calibration: int = 32  # init: eva or lora-ga: training examples that each link's start looks at
     frozen: Literal["a", "b"] | None = None  # the factor that is not trained
     share: float = 1.0  # of the blocks, drawn anew for each link, that it covers
+    gate: str | None = None  # what a link trains beside A and B: adalora, sora (on the rank) or dora (on the output)
     base: Literal["auto", "dense", "nf4", "ledger"] = "auto"  # where tied links live: in the weights, or beside them
     rounding: Literal["auto", "nearest", "stochastic"] = "auto"  # how a tie rounds into 16-bit or 4-bit weights
 
@@ -100,17 +102,24 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     batch_size: int = 8  # sequences per forward pass
-    accumulation: int = 1  # forward passes per optimizer step
+    accumulation: int = 1  # forward passes per optimizer step; several processes share them
     packing: bool = False  # concatenate sequences into rows of max_length, attention kept block-diagonal
     group_by_length: bool = True
-    optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw, paged-adamw-8bit
-    gradient: str | None = None  # change A's and B's gradients: lora-pro
+    optimizer: str = "adamw"  # or adam (weight_decay: an L2 penalty), adamw-8bit, paged-adamw(-8bit), lora-rite
+    gradient: str | None = None  # change A's and B's gradients: lora-pro or orthogonal
+    perturb: str | None = None  # take the loss at noisy weights: flat-lora
+    sigma: float = 0.05  # perturb: the noise's norm over the weight's, row by row, at the end of the run
+    after_step: str | None = None  # change the gates after the optimizer's step: adalora or sora
+    penalty: float = 0.0  # weight of a method's own term in the loss: gradient orthogonal, after_step sora
+    budget: float = 1.0  # after_step: adalora: the share of a link's directions that is left at its end
     lr_ratio: float = 1.0  # learning rate of B over that of A
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float | None = 1.0  # gradient norm
     activation_checkpointing: bool = False
+    shard: bool = False  # of several processes, each keeps its share of the base's weights (FSDP2), not all of them
+    use_liger: bool = False  # liger-kernel's norms, RoPE, SwiGLU and loss; off, with a note, where there is no GPU
     seed: int = 0
     eval_every: int | None = None  # steps; the end of every link is always evaluated
     eval_batch_size: int = 16
@@ -158,7 +167,11 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         key, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"{item!r} is not an override: write key=value, for example schedule.lr=1e-3.")
-        _set(chosen, _full_key(key.strip()), yaml.safe_load(value))
+        try:
+            _set(chosen, _full_key(key.strip()), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", error)
+            raise UserError(f"{item!r} is not valid YAML ({problem}): put the value in quotes.") from None
     chain = chosen.get("chain")
     method = chain.get("method", ChainConfig.method) if isinstance(chain, dict) else ChainConfig.method
     names = method if isinstance(method, (list, tuple)) else [method]
@@ -206,10 +219,17 @@ def validate(config: Config) -> None:
         "schedule.rewarm returns to the global learning-rate curve: set schedule.lr_span to global, or use warmup.",
     )
     _require(t.lr_ratio > 0, f"train.lr_ratio is {t.lr_ratio}, but it must be positive.")
+    _require(t.sigma >= 0, f"train.sigma is {t.sigma}, but it must not be negative.")
     _require(
         t.gradient is None or c.frozen is None,
         f"train.gradient is {t.gradient}, which needs both factors trained: set chain.frozen to null.",
     )
+    _require(
+        t.after_step is None or c.gate is not None,
+        f"train.after_step is {t.after_step}, which changes gates: set chain.gate.",
+    )
+    _require(t.penalty >= 0, f"train.penalty is {t.penalty}, but it must not be negative.")
+    _require(0 < t.budget <= 1, f"train.budget is {t.budget}, but it is a share of directions, above 0 and at most 1.")
     _require(
         c.share == 1 or s.optimizer_state == "reset",
         f"schedule.optimizer_state is {s.optimizer_state}, but with chain.share below 1 links cover different modules: "
@@ -243,7 +263,8 @@ def validate(config: Config) -> None:
     _require(s.lr > 0, f"schedule.lr is {s.lr}, but it must be positive.")
     for where, count in (("warmup", s.warmup), ("rewarm", s.rewarm)):
         _require(count >= 0, f"schedule.{where} is {count}, but it must not be negative.")
-    _require(c.gelora.examples >= 1, f"chain.gelora.examples is {c.gelora.examples}, but it must be at least 1.")
+    for where, count in (("gelora.examples", c.gelora.examples), ("calibration", c.calibration)):
+        _require(count >= 1, f"chain.{where} is {count}, but it must be at least 1.")
     for key in ("batch_size", "accumulation", "save_every", "log_every", "eval_batch_size"):
         _require(getattr(t, key) >= 1, f"train.{key} is {getattr(t, key)}, but it must be at least 1.")
     for where, key, value in (
@@ -256,6 +277,16 @@ def validate(config: Config) -> None:
         _require(
             value is None or value > 0, f"{where}.{key} is {value}, but it must be positive, or null to turn it off."
         )
+    _require(
+        not (t.shard and config.model.load_in_4bit),
+        "train.shard is for 16- and 32-bit weights, but model.load_in_4bit is set: leave one of them out (without "
+        "shard every process holds the whole 4-bit model).",
+    )
+    _require(
+        not t.shard or c.ranks == "uniform",
+        f"train.shard is set, but chain.ranks is {c.ranks}, which looks into the model: run `cola ranks`, paste what "
+        "it finds, or leave train.shard out.",
+    )
     _require(d.max_length >= 2, f"data.max_length is {d.max_length}, but it must be at least 2 tokens.")
     _require(0 <= d.eval_share < 1, f"data.eval_share is {d.eval_share}, but it is a share of the rows in [0, 1).")
     _require(

@@ -7,15 +7,13 @@ saving, loading, merging, disabling and switching adapters work as before, and u
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
 from .errors import UserError
-
-PEFT_TESTED = ("0.19", "0.21")  # minor versions: our tests pass on all of them, PEFT's own were run on 0.21
+from .versions import require_tested
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,13 @@ def accelerate_peft(model: nn.Module) -> DropInReport:
 
     A layer falls back to PEFT's own forward, call by call, whenever its state asks for something else: adapters
     disabled, merged, several active at once, or mixed in a batch; DoRA and the other variants; a bias on the adapter.
-    Call it again after adding adapters to further layers.
+    Base weights may be NF4 (bitsandbytes); FP4 and LLM.int8 ones stay with PEFT. Call it again after adding adapters to
+    further layers.
 
     Outputs and gradients are PEFT's up to rounding. One difference is by design: with fp32 adapters on a 16-bit model
-    PEFT computes the low-rank branch in fp32, whereas the op uses the factors in the activations' dtype, accumulates in
-    fp32, and returns fp32 gradients. Second derivatives (double backward) are not available until `undo`.
+    PEFT computes the low-rank branch in fp32, whereas the op uses the factors in the activations' dtype (beside NF4
+    weights: in the layer's compute dtype), accumulates in fp32, and returns fp32 gradients. Second derivatives (double
+    backward) are not available until `undo`.
 
     Args:
         model: a `PeftModel`, or any module that contains PEFT's LoRA layers; changed in place.
@@ -57,7 +57,7 @@ def accelerate_peft(model: nn.Module) -> DropInReport:
         UserError: PEFT is not installed or not a tested version, or no layer can be replaced. The model is then as it
             was.
     """
-    _require_tested_version()
+    require_tested("peft", "accelerate_peft")
     from peft.tuners.lora import LoraLayer
 
     from . import fused_peft
@@ -84,20 +84,3 @@ def restore_peft(model: nn.Module) -> None:
 
     for module in model.modules():
         fused_peft.restore(module)
-
-
-def _require_tested_version() -> None:
-    first, last = PEFT_TESTED
-    try:
-        version = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("accelerate_peft needs PEFT, which is not installed: pip install 'cola_fast[peers]'.") from None
-    if not _minor(first) <= _minor(version) <= _minor(last):
-        raise UserError(
-            f"accelerate_peft is tested with PEFT {first} to {last}, but {version} is installed: install one of those, "
-            "or train without it."
-        )
-
-
-def _minor(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import world
 from .batches import batch_loss, candidate_scores, choice_batches, eval_batches, wants_flat
 from .encode import Example
 from .models import needed_logits
@@ -25,28 +26,32 @@ class Score:
 
 @torch.no_grad()
 def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int) -> Score:
-    """Leaves the model in its mode and draws no random numbers: training goes on as if it had not happened."""
+    """Leaves the model in its mode and draws no random numbers: training goes on as if it had not happened. Several
+    processes share the batches, and all get the score."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    total, correct = torch.zeros(2, dtype=torch.float64, device=device)
     labelled = 0
     try:
         if examples[0].candidates:
-            for choice in choice_batches(examples, batch_size):
+            for choice, counts in world.dealt(choice_batches(examples, batch_size)):
                 choice = choice.to(device)
                 scores = candidate_scores(needed_logits(model, choice.batch), choice)  # [E, C]
-                total -= scores.gather(1, choice.answers[:, None]).sum(dtype=torch.float64)
-                correct += (scores.argmax(1) == choice.answers).sum()
-                labelled += choice.gold_tokens
+                if counts:
+                    total -= scores.gather(1, choice.answers[:, None]).sum(dtype=torch.float64)
+                    correct += (scores.argmax(1) == choice.answers).sum()
+                    labelled += choice.gold_tokens
         else:
-            for batch in eval_batches(examples, batch_size, flat=wants_flat(model)):
+            for batch, counts in world.dealt(eval_batches(examples, batch_size, flat=wants_flat(model))):
                 batch = batch.to(device)
                 loss, count = batch_loss(needed_logits(model, batch), batch)
-                total += loss
-                labelled += count
+                if counts:
+                    total += loss
+                    labelled += count
     finally:
         model.train(training)
-    accuracy = correct.item() / len(examples) if examples[0].candidates else None
-    return Score(total.item() / labelled, accuracy, len(examples))
+    sums = torch.stack([total, correct, total.new_tensor(labelled)])
+    world.sum_([sums])
+    loss_sum, right, count = sums.tolist()
+    return Score(loss_sum / count, right / len(examples) if examples[0].candidates else None, len(examples))

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cola_kernels import merge_, nf4_dequantize
+from cola_kernels import nf4_dequantize
 
 from . import peft_format, store
 from .adapters import cut_to_rank, error_table, vllm_notes
+from .bases import merge
 from .errors import UserError
-from .layer import is_nf4
+from .layer import PARTS, is_nf4
+from .methods import wanted_by
 from .peft_format import Factors
 
 if TYPE_CHECKING:
@@ -43,13 +45,21 @@ class ExportedAdapter:
 
 
 def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> ExportedAdapter:
-    """`[s1·B1 | s2·B2 | ...]` and `[A1; A2; ...]`: exact, of the summed rank, with scale 1; cut to `rank` by SVD."""
+    """`[s1·B1 | s2·B2 | ...]` and `[A1; A2; ...]`: exact, of the summed rank, with scale 1; cut to `rank` by SVD.
+
+    Raises UserError for DoRA links, unless there is just one and it is not cut.
+    """
     _refuse_existing(folder)
     if rank is not None and rank < 1:
         raise UserError(f"rank is {rank}, but an adapter's rank is at least 1.")
     links = [link.factors() for link in chain.links]
     if chain.open_link is not None:
         links.append(chain.open_factors())
+    if any(f.magnitude is not None for link in links for f in link.values()) and (len(links) > 1 or rank is not None):
+        raise UserError(
+            f"This chain has {len(links)} links that scale whole rows of the weight (DoRA): only a single one is an "
+            "adapter, of its own rank. Use export_merged (--to merged)."
+        )
     named = {name: [link[name] for link in links if name in link] for name in chain.layers}
     factors = {name: concatenate(parts) for name, parts in named.items() if parts}
     errors = dict.fromkeys(factors, 0.0)
@@ -64,7 +74,7 @@ def concatenate(factors: list[Factors]) -> Factors:
     """One update equal to the sum of several."""
     a = torch.cat([f.a for f in factors])
     b = torch.cat([f.b * f.scale for f in factors], dim=1)
-    return Factors(a, b, alpha=float(a.shape[0]))
+    return Factors(a, b, alpha=float(a.shape[0]), magnitude=factors[-1].magnitude)
 
 
 def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Module | None = None) -> Path:
@@ -82,7 +92,7 @@ def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Mo
 def _merged_state(chain: Chain) -> dict[str, Tensor]:
     """The model's state as it is now, every link in its weights, 4-bit weights dequantised."""
     state: dict[str, Tensor] = chain.model.state_dict()
-    state = {key: value for key, value in state.items() if not key.endswith((".lora_A", ".lora_B"))}
+    state = {key: value for key, value in state.items() if key.rsplit(".", 1)[-1] not in PARTS}
     for name, module in chain.model.named_modules():
         if isinstance(module, nn.Linear) and is_nf4(module) and name not in chain.layers:
             own: Any = module.weight
@@ -92,14 +102,18 @@ def _merged_state(chain: Chain) -> dict[str, Tensor]:
     for name, layer in chain.layers.items():
         weight = layer.dense_weight().cpu()
         if name in factors:
-            f = factors[name]
-            merge_(weight := weight.clone(), f.a, f.b, f.scale, rounding=_rounding(chain))
+            merge(weight := weight.clone(), factors[name], rounding=_rounding(chain))
         state[f"{name}.weight"] = weight
     return state
 
 
 def _fold_into(model: nn.Module, chain: Chain) -> None:
     """Every link, as it was trained, into the linears of the same names."""
+    if wanted_by(chain.settings.init).corrects:
+        raise UserError(
+            f"The first link starts as a correction of the 4-bit weights (init {chain.settings.init}), which the "
+            "original ones do not need: export onto the base."
+        )
     modules = dict(model.named_modules())
     shapes = {name: tuple(getattr(modules.get(name), "weight", torch.empty(0)).shape) for name in chain.layers}
     for name, layer in chain.layers.items():
@@ -112,8 +126,7 @@ def _fold_into(model: nn.Module, chain: Chain) -> None:
         for name, f in link.items():
             weight = modules[name].weight
             assert isinstance(weight, Tensor)
-            a, b = f.a.to(weight.device), f.b.to(weight.device)
-            merge_(weight.data, a, b, f.scale, rounding=_rounding(chain))
+            merge(weight.data, f, rounding=_rounding(chain))
 
 
 def _rounding(chain: Chain) -> str:

@@ -1,6 +1,6 @@
 """PEFT's LoRA layers with a fused forward. Needs PEFT, so `cola_fast.drop_in` imports it only when it is used.
 
-Each class of `FUSED` is a subclass of a PEFT layer with another `forward`, which a layer gets by changing its class. It
+Each class in `FUSED` is a subclass of a PEFT layer with another `forward`, which a layer gets by changing its class. It
 fuses a call when PEFT would compute `base(x) + scale · B(A(drop(x)))` with plain modules, and hands every other call to
 PEFT's forward. So a state that PEFT's methods can bring about at any time needs no bookkeeping here.
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from cola_kernels import lora_linear
+from cola_kernels import lora_linear, unpack_nf4_
 
 PLAIN_TENSORS = (nn.Parameter, Tensor)  # not a DTensor, and not a quantised weight
 
@@ -25,7 +26,11 @@ class Fused:
         adapter = self._lone_adapter() if not args and not kwargs else None
         if adapter is None or not self._takes(x, adapter):
             result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return result
+        else:
+            result = self._op(x, adapter)
+        return result
+
+    def _op(self: Any, x: Tensor, adapter: str) -> Tensor:
         base, dropout = self.base_layer, self.lora_dropout[adapter]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
@@ -46,19 +51,42 @@ class Fused:
         if base_obstacle(self) is not None or adapter_obstacle(self, adapter) is not None:
             return False
         weight, a = self.base_layer.weight, self.lora_A[adapter].weight
-        if not x.device == weight.device == a.device or x.shape[-1] != weight.shape[1]:
+        if not x.device == weight.device == a.device or x.shape[-1] != a.shape[1]:
             return False
         if torch.is_autocast_enabled(x.device.type):
             return x.dtype != torch.float64
-        return bool(x.dtype == weight.dtype and (self.cast_input_dtype_enabled or x.dtype == a.dtype))
+        return self._takes_dtype(x) and bool(self.cast_input_dtype_enabled or x.dtype == a.dtype)
+
+    def _takes_dtype(self: Any, x: Tensor) -> bool:
+        return bool(x.dtype == self.base_layer.weight.dtype)
 
 
 class FusedLinear(Fused, lora.Linear):
     """`peft.tuners.lora.Linear` on `cola_kernels.lora_linear`."""
 
 
-# PEFT's class -> ours. A quantised base joins here once `lora_linear` takes its weight.
+# PEFT's class -> ours, and the class of the base layer it needs
 FUSED: dict[type, type] = {lora.Linear: FusedLinear}
+BASES: dict[type, type[nn.Module]] = {FusedLinear: nn.Linear}
+
+if is_bnb_4bit_available():  # PEFT has imported bitsandbytes then
+    from bitsandbytes.nn import Linear4bit
+
+    class FusedLinear4bit(Fused, lora.Linear4bit):
+        """`peft.tuners.lora.Linear4bit` on `cola_kernels.lora_linear`, where the weight is NF4.
+
+        bitsandbytes multiplies in its layer's compute dtype, whatever x is and autocast says, and returns x's dtype.
+        """
+
+        def _op(self: Any, x: Tensor, adapter: str) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                return super()._op(x.to(self.base_layer.compute_dtype or x.dtype), adapter).to(x.dtype)
+
+        def _takes_dtype(self: Any, x: Tensor) -> bool:
+            return x.is_floating_point()
+
+    FUSED[lora.Linear4bit] = FusedLinear4bit
+    BASES[FusedLinear4bit] = Linear4bit
 
 
 def obstacle(layer: Any) -> str | None:
@@ -73,10 +101,15 @@ def obstacle(layer: Any) -> str | None:
 
 
 def base_obstacle(layer: Any) -> str | None:
-    base = layer.base_layer
-    if not _is_plain(base, nn.Linear):
-        return f"its base layer is no plain nn.Linear but a {type(base).__name__}, or has hooks"
-    if type(base.weight) not in PLAIN_TENSORS or not base.weight.is_floating_point():
+    base, kind = layer.base_layer, BASES[FUSED.get(type(layer), type(layer))]
+    if not _is_plain(base, kind):
+        return f"its base layer is no plain {kind.__name__} but a {type(base).__name__}, or has hooks"
+    if kind is not nn.Linear:
+        try:
+            unpack_nf4_(base.weight)  # changes only what bitsandbytes repacked in eval mode, which would train wrongly
+        except ValueError as error:
+            return f"its base {error}"
+    elif type(base.weight) not in PLAIN_TENSORS or not base.weight.is_floating_point():
         return f"its base weight is a {type(base.weight).__name__} of {base.weight.dtype}"
     return "its base weight is trained" if base.weight.requires_grad else None
 

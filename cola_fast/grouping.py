@@ -26,26 +26,57 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cola_kernels import lora_linear, lora_linear_group
+
+from .gates import output_gate
 
 OUTSIDE = -1  # no backward pass is running
 
 
 class Operands(NamedTuple):
-    """What a layer gives to `cola_kernels.lora_linear`, x apart."""
+    """What a layer is, x apart: `lora_linear`'s arguments, and frozen factors that stand beside the link."""
 
     weight: Tensor
     lora_a: Tensor
     lora_b: Tensor
     scale: float
     bias: Tensor | None
-    dropout: float  # 0 outside training
+    dropout: float = 0.0  # 0 outside training
+    ledger_a: Tensor | None = None  # [P, K]
+    ledger_b: Tensor | None = None  # [N, P], scales included
+    e: Tensor | None = None  # [R]
+    magnitude: Tensor | None = None  # with row_squares: what the gate c is computed from, see `cola_fast.gates`
+    row_squares: Tensor | None = None
+
+    @property
+    def is_gated(self) -> bool:
+        return self.e is not None or self.magnitude is not None
+
+    def c(self) -> Tensor | None:
+        if self.magnitude is None or self.row_squares is None:
+            return None
+        return output_gate(self.magnitude, self.row_squares, self.weight, self.lora_a, self.lora_b, self.scale, self.e)
+
+    def joined(self) -> Operands:
+        """With the frozen factors as part of the link's; not with dropout, which does not drop those."""
+        if self.ledger_a is None or self.ledger_b is None or self.dropout > 0:
+            return self
+        b = self.lora_b if self.e is None else self.lora_b * self.e
+        a, b = torch.cat((self.lora_a, self.ledger_a)), torch.cat((b * self.scale, self.ledger_b), dim=1)
+        return Operands(self.weight, a, b, 1.0, self.bias)
+
+    def complete(self, y: Tensor, x: Tensor) -> Tensor:
+        """y with what the op has left out."""
+        if self.ledger_a is None or self.ledger_b is None or self.dropout == 0:
+            return y
+        return y + F.linear(F.linear(x, self.ledger_a.to(x.dtype)), self.ledger_b.to(x.dtype))
 
 
 class Grouping:
-    """Shared by layers that may run together: modules whose `operands()` are an open link's, or None without one.
+    """Shared by layers that may run together: modules with `operands()`, which are None where there is nothing to add.
 
     Copied or unpickled (with the layers, by deepcopy) it is a fresh one, which learns again.
     """
@@ -53,6 +84,7 @@ class Grouping:
     def __init__(self) -> None:
         self._groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()
         self._thread = _Thread()
+        self.held = False  # while it is, no group forms or dissolves
 
     def __reduce__(self) -> tuple[type[Grouping], tuple[()]]:
         return Grouping, ()
@@ -67,7 +99,7 @@ class Grouping:
         if y is not None:
             return y
         group = self._groups.get(layer)
-        if group is not None and group.leader is layer and group.is_together(now, own.dropout):
+        if group is not None and group.leader is layer and group.is_together(now, own.dropout, held=self.held):
             members = group.operands(own)
             if members is not None:
                 return self._together(group, members, x, now)
@@ -112,8 +144,11 @@ class Grouping:
         return output.y
 
     def _together(self, group: _Group, members: Sequence[Operands], x: Tensor, now: _Moment) -> Tensor:
-        weights, lora_as, lora_bs, scales, biases, dropouts = zip(*members, strict=True)
-        y, *rest = lora_linear_group(x, weights, lora_as, lora_bs, scales, biases, dropout=dropouts[0])
+        joined = [member.joined() for member in members]
+        gated = any(member.is_gated for member in joined)
+        gates: dict[str, Any] = {"es": [m.e for m in joined], "cs": [m.c() for m in joined]} if gated else {}
+        operands = zip(*(member[:5] for member in joined), strict=True)
+        y, *rest = lora_linear_group(x, *operands, dropout=members[0].dropout, **gates)
         if y.grad_fn is not None:
             group.runs(y.grad_fn)
         others = zip(group.refs[1:], members[1:], rest, strict=True)
@@ -190,9 +225,9 @@ class _Group:
         if then.backward == OUTSIDE:
             self.wanted = False
 
-    def is_together(self, now: _Moment, dropout: float) -> bool:
+    def is_together(self, now: _Moment, dropout: float, *, held: bool = False) -> bool:
         """Without grad no group forms, and only one that draws nothing dissolves: it may be reentrant checkpointing."""
-        change = self.wanted != self.together and now.backward == OUTSIDE
+        change = self.wanted != self.together and now.backward == OUTSIDE and not held
         change = change and (now.grad or (self.together and dropout == 0))
         if change and not any(_unfinished(node()) for node in list(self.nodes)):
             self.together = self.wanted
@@ -241,8 +276,9 @@ class _Thread(threading.local):
 
 
 def _alone(own: Operands, x: Tensor) -> Tensor:
-    weight, lora_a, lora_b, scale, bias, dropout = own
-    return lora_linear(x, weight, lora_a, lora_b, scale, bias, dropout=dropout)
+    joined = own.joined()
+    gates: dict[str, Any] = {"e": joined.e, "c": joined.c()} if joined.is_gated else {}
+    return lora_linear(x, *joined[:5], dropout=own.dropout, **gates)
 
 
 def _kind(operands: Operands) -> tuple[Any, ...]:

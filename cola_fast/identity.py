@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import whole
+
 SAMPLES = 64  # values read of every parameter
 
 
@@ -41,7 +43,7 @@ def fingerprint(model: nn.Module) -> str:
     samples = []
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
-        samples.append(_samples(parameter.detach()))
+        samples.append(_samples(whole(parameter.detach())))
         state: Any = getattr(parameter, "quant_state", None)
         if state is not None:  # 4-bit codes mean nothing without their scales
             samples.append(_samples(state.absmax))

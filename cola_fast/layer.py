@@ -15,19 +15,29 @@ from torch import Tensor, nn
 from cola_kernels import merge_, nf4_dequantize
 
 from .errors import UserError
+from .gates import row_squares
 from .grouping import Grouping, Operands
+from .sharding import is_sharded, whole
+
+BUFFERS = ("ledger_A", "ledger_B", "row_squares")
+GATES = ("lora_e", "lora_magnitude")
+PARTS = ("lora_A", "lora_B", *GATES)  # what a link trains, gates only if it has them
 
 
 class LoRALinear(nn.Linear):
     """`y = x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ + bias`: W [N, K] and bias frozen, lora_A [R, K] and lora_B [N, R] trained.
 
-    W is dense, or the NF4 weight of a bitsandbytes Linear4bit. Between `close` and `open` there is no link and it is
-    the plain linear. Dropout acts in training mode only. Layers of one `grouping` that read the same x run as one op
-    and share a dropout mask, see `cola_fast.grouping`.
+    A link may also train gates: lora_e [R] on the inner product, or lora_magnitude [N], from which DoRA's gate on the
+    output comes, see `cola_fast.gates`. W is dense, or the NF4 weight of a bitsandbytes Linear4bit. Between `close` and
+    `open` there is no link and it is the plain linear. Dropout acts in training mode only. Layers of one `grouping`
+    that read the same x run as one op and share a dropout mask, see `cola_fast.grouping`.
     """
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    lora_e: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
+    row_squares: Tensor | None  # [N], of the weight; with lora_magnitude
     ledger_A: Tensor | None  # [sum of R, K], sealed links that stay beside the weight, see `cola_fast.bases`
     ledger_B: Tensor | None  # [N, sum of R], scales included
     scale: float
@@ -59,9 +69,9 @@ class LoRALinear(nn.Linear):
         layer = cast(LoRALinear, linear)
         layer.__class__ = cls
         layer.plain = plain
-        for key in ("lora_A", "lora_B"):
+        for key in PARTS:
             layer.register_parameter(key, None)
-        for key in ("ledger_A", "ledger_B"):
+        for key in BUFFERS:
             layer.register_buffer(key, None, persistent=False)
         layer.scale = layer.dropout = 0.0
         layer.folded = 0
@@ -73,9 +83,14 @@ class LoRALinear(nn.Linear):
         self.close()
         linear = cast(nn.Linear, self)
         linear.__class__ = self.plain
-        for key in ("lora_A", "lora_B", "ledger_A", "ledger_B", "scale", "dropout", "folded", "grouping", "plain"):
+        for key in (*PARTS, *BUFFERS, "scale", "dropout", "folded", "grouping", "plain"):
             delattr(linear, key)
         return linear
+
+    @property
+    def ledger(self) -> tuple[Tensor, Tensor] | None:
+        """A [sum of R, K] and B [N, sum of R] of the sealed links beside the weight, if there are any."""
+        return None if self.ledger_A is None or self.ledger_B is None else (self.ledger_A, self.ledger_B)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -86,45 +101,53 @@ class LoRALinear(nn.Linear):
     def dense_weight(self) -> Tensor:
         """`[N, K]`: the weight with every sealed link in it, in `compute_dtype`. A copy, but for a dense weight without
         a ledger. The ledger is rounded stochastically, always with the same draws."""
-        weight = nf4_dequantize(self.weight, self.compute_dtype) if is_nf4(self) else self.weight.detach()
-        if self.ledger_A is not None and self.ledger_B is not None:
+        weight = nf4_dequantize(self.weight, self.compute_dtype) if is_nf4(self) else whole(self.weight.detach())
+        if self.ledger is not None:
             weight = weight if is_nf4(self) else weight.clone()
-            merge_(weight, self.ledger_A, self.ledger_B, 1.0, rounding="stochastic")
+            merge_(weight, *self.ledger, 1.0, rounding="stochastic")
         return weight
 
-    def open(self, a: Tensor, b: Tensor, *, scale: float, dropout: float) -> None:
-        """Start a link from a [R, K] and b [N, R]; they become parameters on the weight's device."""
-        self.lora_A = nn.Parameter(a.to(self.weight.device))
-        self.lora_B = nn.Parameter(b.to(self.weight.device))
+    def open(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        scale: float,
+        dropout: float,
+        e: Tensor | None = None,
+        magnitude: Tensor | None = None,
+    ) -> None:
+        """Start a link from a [R, K], b [N, R] and its gates; they become parameters on the weight's device.
+
+        Raises UserError for a magnitude on a weight that is spread over processes: its rows' norms need all of it.
+        """
+        if magnitude is not None and is_sharded(self.weight):
+            raise UserError("A gate on the output (DoRA) needs whole weights, but the model is sharded: leave out one.")
+        for key, value in zip(PARTS, (a, b, e, magnitude), strict=True):
+            setattr(self, key, None if value is None else nn.Parameter(value.to(self.weight.device)))
+        self.row_squares = None if magnitude is None else row_squares(self.weight)
         self.scale, self.dropout = scale, dropout
         self.grouping.forget(self)
 
     def close(self) -> None:
-        self.lora_A = self.lora_B = None
+        self.lora_A = self.lora_B = self.lora_e = self.lora_magnitude = self.row_squares = None
         self.grouping.forget(self)
 
     def operands(self) -> Operands | None:
-        """Of the op this layer is; None without a link. With dropout, a ledger is not in them: it is not dropped."""
-        a, b, ledger_a, ledger_b = self.lora_A, self.lora_B, self.ledger_A, self.ledger_B
-        dropout = self.dropout if self.training else 0.0
-        if a is None or b is None:
-            if ledger_a is None or ledger_b is None:
-                return None
-            return Operands(self.weight, ledger_a, ledger_b, 1.0, self.bias, 0.0)
-        if ledger_a is None or ledger_b is None or dropout > 0:
-            return Operands(self.weight, a, b, self.scale, self.bias, dropout)
-        both_b = torch.cat((b * self.scale, ledger_b), dim=1)
-        return Operands(self.weight, torch.cat((a, ledger_a)), both_b, 1.0, self.bias, 0.0)
+        """Of the op this layer is; None without a link."""
+        a, b = self.lora_A, self.lora_B
+        if a is not None and b is not None:
+            dropout = self.dropout if self.training else 0.0
+            gates = self.lora_e, self.lora_magnitude, self.row_squares
+            return Operands(self.weight, a, b, self.scale, self.bias, dropout, self.ledger_A, self.ledger_B, *gates)
+        return None if self.ledger is None else Operands(self.weight, *self.ledger, 1.0, self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         operands = self.operands()
         if operands is None:
             weight = nf4_dequantize(self.weight, input.dtype) if is_nf4(self) else self.weight
             return F.linear(input, weight, self.bias)
-        y = self.grouping(self, operands, input)
-        if operands.dropout > 0 and self.ledger_A is not None and self.ledger_B is not None:
-            y = y + F.linear(F.linear(input, self.ledger_A.to(input.dtype)), self.ledger_B.to(input.dtype))
-        return y
+        return operands.complete(self.grouping(self, operands, input), input)
 
     def extra_repr(self) -> str:
         rank = "no open link" if self.lora_A is None else f"r={self.lora_A.shape[0]}, scale={self.scale:g}"

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cola_kernels import FoldReport
 
 from . import peft_format, store
@@ -33,7 +31,7 @@ class SealedLink:
     def seal(cls, index: int, factors: Mapping[str, Factors], *, difference: bool = False, **peft: Any) -> SealedLink:
         """Refuses a link that is not finite: it would poison the base for good."""
         for name, f in factors.items():
-            if not (torch.isfinite(f.a).all() and torch.isfinite(f.b).all()):
+            if not all(bool(part.isfinite().all()) for part in (f.a, f.b, f.magnitude) if part is not None):
                 raise UserError(
                     f"The open link ({folder_name(index)}) holds NaN or infinite values in {name} and was not tied: "
                     "go back to the last good state, and lower the learning rate."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .errors import UserError
+from .versions import require_tested
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -20,6 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def load_model(config: ModelConfig) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained`, on the device, in the dtype, in eval mode, never running remote code
     unless `trust_remote_code` says so, and never reading pickled weights."""
+    require_tested("transformers", "cola_fast")
     from transformers import AutoModelForCausalLM
 
     device = resolve_device(config.device)
@@ -33,11 +35,16 @@ def load_model(config: ModelConfig) -> nn.Module:
     model = _from_pretrained(AutoModelForCausalLM, config, **options)
     if config.gguf_file is not None:
         forget_gguf(model)
+    forbid_repacking(model)
+    return cast(nn.Module, (model if config.load_in_4bit else model.to(device)).eval())
+
+
+def forbid_repacking(model: nn.Module) -> None:
+    """In eval mode on a CPU, bitsandbytes would repack NF4 weights in place, rounding their scales."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack the weight in place at its first use in eval mode, rounding its scales
-            module.support_avx512bf16_for_cpu = False
-    return cast(nn.Module, (model if config.load_in_4bit else model.to(device)).eval())
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def load_empty_model(config: ModelConfig) -> nn.Module:
@@ -100,15 +107,20 @@ def context_length(model: nn.Module) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
 
 
+def inputs(batch: Any) -> dict[str, Any]:
+    """What a model is called with."""
+    given = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    optional = {key: value for key, value in given.items() if value is not None}
+    return {"input_ids": batch.input_ids, "use_cache": False, **optional}
+
+
 def needed_logits(model: nn.Module, batch: Any) -> Tensor:
     """`[B, P, V]`: logits at `batch.positions` only. The output head is a large share of a small model's work, and its
     logits of a long batch's memory."""
-    options = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    arguments = {key: value for key, value in options.items() if value is not None}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(batch.input_ids, use_cache=False, logits_to_keep=batch.positions, **arguments).logits
+        logits = model(**inputs(batch), logits_to_keep=batch.positions).logits
     else:
-        logits = model(batch.input_ids, use_cache=False, **arguments).logits[:, batch.positions]
+        logits = model(**inputs(batch)).logits[:, batch.positions]
     return cast(Tensor, logits)
 
 

@@ -1,9 +1,9 @@
 """Opening a link: what all links of a chain share, which modules the next one covers, and the values it starts from.
 
-A start with B A ≠ 0 (PiSSA, OLoRA, PeriodicLoRA) must not change the model, so the chain takes `s·B0·A0` out of the
-weight when it opens the link. What the link then adds to the sealed chain is `s·(B A - B0 A0)`, which is one link of
-rank 2R, `[B | -B0]` and `[A; A0]`, and sealed as such. A replay folds it as the live run did, the start first: same
-bits.
+A start with B A ≠ 0 (PiSSA, OLoRA, LoRA-GA, PeriodicLoRA) must not change the model, so the chain takes `s·B0·A0` out
+of the weight when it opens the link. What the link then adds to the sealed chain is `s·(B A - B0 A0)`, which is one
+link of rank 2R, `[B | -B0]` and `[A; A0]`, and sealed as such. A replay folds it as the live run did, the start first:
+same bits. One kind of start stays in: LoftQ's, whose purpose is to change a quantised model back towards the original.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .errors import UserError
-from .layer import LoRALinear, factor_dtype
+from .layer import LoRALinear, factor_dtype, is_nf4
 from .link import derive_seed
-from .methods import INIT, SCALING, Site
+from .methods import GATE, INIT, SCALING, Gates, Site, wanted_by
 from .peft_format import Factors
 from .targets import block_of
 
@@ -36,11 +38,14 @@ class Settings:
     frozen: str | None = None
     share: float = 1.0
     carry: float = 0.0
+    gate: str | None = None
 
     def validate(self) -> None:
         """Raises UserError for a value that no link can have."""
         INIT.choose(self.init)
         SCALING.choose(self.scaling)
+        if self.gate is not None:
+            GATE.choose(self.gate)
         rules = (
             (0 <= self.dropout < 1, f"dropout is {self.dropout}, but it must be at least 0 and less than 1."),
             (self.alpha > 0, f"alpha is {self.alpha}, but it must be positive."),
@@ -66,23 +71,74 @@ class OpenLink:
 
 
 def first_factors(
-    settings: Settings, index: int, name: str, layer: LoRALinear, rank: int, before: Callable[[], Mapping[str, Factors]]
-) -> Factors:
-    """What link `index` starts with at one module, on the CPU. before: what the link before ended with, by module."""
-    alpha = settings.alpha_for(rank)
-    generator = torch.Generator().manual_seed(derive_seed(settings.seed, "init", index, name))
-    site = Site(
-        weight=layer.dense_weight(),
-        rank=rank,
-        scale=alpha / rank,
-        frozen=settings.frozen,
-        carry=settings.carry,
-        dtype=factor_dtype(layer.weight),
-        generator=generator,
-        previous=lambda: before().get(name),
-    )
-    a, b = INIT.choose(settings.init)(site)
-    return Factors(a.cpu().contiguous(), b.cpu().contiguous(), alpha)
+    settings: Settings,
+    index: int,
+    layers: Mapping[str, LoRALinear],
+    ranks: Mapping[str, int],
+    before: Callable[[], Mapping[str, Factors]],
+    seen: Mapping[str, Any],
+    originals: Mapping[str, Tensor],
+) -> dict[str, Factors]:
+    """What link `index` starts with at each of the layers, on the CPU.
+
+    before: what the link before ended with. seen, originals: what the init wants, see `methods.registry.Wants`. All
+    by module.
+    """
+
+    def first(name: str, layer: LoRALinear) -> Factors:
+        rank = ranks[name]
+        alpha = settings.alpha_for(rank)
+        site = Site(
+            shape=(layer.out_features, layer.in_features),
+            read=layer.dense_weight,
+            rank=rank,
+            scale=alpha / rank,
+            frozen=settings.frozen,
+            carry=settings.carry,
+            dtype=factor_dtype(layer.weight),
+            generator=torch.Generator().manual_seed(derive_seed(settings.seed, "init", index, name)),
+            previous=lambda: before().get(name),
+            index=index,
+            seen=seen.get(name),
+            original=originals.get(name),
+        )
+        a, b = INIT.choose(settings.init)(site)
+        gates = Gates() if settings.gate is None else GATE.choose(settings.gate)(site)
+        return Factors(a.cpu().contiguous(), b.cpu().contiguous(), alpha, *gates)
+
+    return {name: first(name, layer) for name, layer in layers.items()}
+
+
+def originals_of(
+    init: str, index: int, layers: Mapping[str, LoRALinear], original: nn.Module | None
+) -> dict[str, Tensor]:
+    """Module -> its weight before it was quantised, for the 4-bit ones, if the init wants them, which it does for the
+    first link. original: the 16-bit model.
+
+    Raises UserError if no layer is 4-bit, if the model is missing, or if it is not what they were quantised from.
+    """
+    if index > 0 or not wanted_by(init).corrects:
+        return {}
+    quantised = {name: layer for name, layer in layers.items() if is_nf4(layer)}
+    if not quantised:
+        raise UserError(
+            f"init {init} corrects what quantising lost, but no targeted weight is 4-bit: load the model in 4 bits, "
+            "or choose another init."
+        )
+    if original is None:
+        raise UserError(
+            f"init {init} needs the weights before they were quantised: give attach the 16-bit model as `original`."
+        )
+    modules = dict(original.named_modules())
+    found = {}
+    for name, layer in quantised.items():
+        weight = getattr(modules.get(name), "weight", None)
+        expected = (layer.out_features, layer.in_features)
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != expected:
+            shape = "missing" if weight is None else tuple(weight.shape)
+            raise UserError(f"{name} is {shape} in the original model, but {expected} in this one: give its own.")
+        found[name] = weight.detach()
+    return found
 
 
 def covered(names: Sequence[str], settings: Settings, index: int) -> list[str]:
@@ -96,7 +152,15 @@ def covered(names: Sequence[str], settings: Settings, index: int) -> list[str]:
     return [name for name in names if block_of(name) in chosen]
 
 
-def starts_of(factors: Mapping[str, Factors]) -> dict[str, Factors]:
-    """All of them if any has B A ≠ 0, so that a link is of one kind throughout; else none."""
-    moved = any(bool(f.a.any()) and bool(f.b.any()) for f in factors.values())
-    return dict(factors) if moved else {}
+def starts_of(settings: Settings, factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """What the link takes out of the weights: all of the factors if any has B A ≠ 0, so that a link is of one kind
+    throughout; else nothing. Nothing either where the init changes the function on purpose."""
+    if wanted_by(settings.init).corrects:
+        return {}
+    starts = {name: f.folded()._replace(magnitude=None) for name, f in factors.items()}
+    return starts if any(map(moves, starts.values())) else {}
+
+
+def moves(factors: Factors) -> bool:
+    """Whether A and B change the weight's rows by anything but a factor."""
+    return bool(factors.a.any()) and bool(factors.folded().b.any())

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 
 from .chain import Chain
 from .config import TrainConfig
+from .layer import GATES
 from .methods import OPTIMIZER
 
 
 def make_optimizer(chain: Chain, config: TrainConfig) -> torch.optim.Optimizer:
-    """`config.optimizer` over what the open link trains. A group's `lr_scale` is its learning rate over schedule.lr."""
-    groups: list[dict[str, Any]] = [{"params": chain.parameters(), "lr_scale": 1.0}]
-    if config.lr_ratio != 1:
-        by_factor: dict[str, list[torch.nn.Parameter]] = {"lora_A": [], "lora_B": []}
-        for name, parameter in chain.named_parameters():
-            by_factor[name.rsplit(".", 1)[-1]].append(parameter)
-        scales = {"lora_A": 1.0, "lora_B": config.lr_ratio}
-        groups = [{"params": found, "lr_scale": scales[key]} for key, found in by_factor.items() if found]
-    return OPTIMIZER.choose(config.optimizer)(groups, config)
+    """`config.optimizer` over what the open link trains. A group's `lr_scale` is its learning rate over schedule.lr.
+
+    Gates do not decay: a magnitude of 0 is no small change, and what shrinks a gate e is its method's affair.
+    """
+    by_part: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
+    for name, parameter in chain.named_parameters():
+        part = name.rsplit(".", 1)[-1]
+        by_part[part if part in GATES or config.lr_ratio != 1 else "factors"].append(parameter)
+    groups: list[dict[str, Any]] = []
+    for part, parameters in by_part.items():
+        group = {"params": parameters, "lr_scale": config.lr_ratio if part == "lora_B" else 1.0}
+        groups.append({**group, "weight_decay": 0.0} if part in GATES else group)
+    return OPTIMIZER.choose(config.optimizer)(groups, config, chain.pairs())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,7 +1,8 @@
 """PEFT's file format for a LoRA adapter: what a sealed link is on disk, and what a whole chain exports to.
 
     adapter_config.json          peft_type LORA, r, lora_alpha, rank_pattern, alpha_pattern, target_modules
-    adapter_model.safetensors    base_model.model.<module>.lora_A.weight [R, K], .lora_B.weight [N, R]
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight [R, K], .lora_B.weight [N, R],
+                                 of DoRA also .lora_magnitude_vector [N]
 
 PEFT computes scale = alpha / r per module, where `rank_pattern` and `alpha_pattern` override `r` and `lora_alpha`.
 """
@@ -23,11 +24,13 @@ PREFIX = "base_model.model."
 
 
 class Factors(NamedTuple):
-    """One module's low-rank update `(alpha / R) · b @ a`: a [R, K], b [N, R]."""
+    """One module's low-rank update `(alpha / R) · b diag(e) a`: a [R, K], b [N, R]."""
 
     a: Tensor
     b: Tensor
     alpha: float
+    e: Tensor | None = None  # [R], of an open link alone, see `folded`
+    magnitude: Tensor | None = None  # [N], what rows of the weight are scaled to once the update is added (DoRA)
 
     @property
     def rank(self) -> int:
@@ -37,19 +40,39 @@ class Factors(NamedTuple):
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def folded(self, *, drop: bool = False) -> Factors:
+        """The same update without e, which goes into b.
+
+        drop: directions whose e is 0 are left out, but for one if all are.
+        """
+        if self.e is None:
+            return self
+        a, b, scale = self.a, self.b * self.e, self.scale
+        if drop:
+            alive = self.e != 0
+            alive[0] |= not bool(alive.any())
+            a, b = a[alive], b[:, alive]
+        return Factors(a, b, scale * len(a), magnitude=self.magnitude)
+
+    def rows(self, first: int, count: int) -> Factors:
+        """The update of `count` rows of the weight, from `first` on."""
+        magnitude = None if self.magnitude is None else self.magnitude[first : first + count]
+        return self._replace(b=self.b[first : first + count], magnitude=magnitude)
+
     def negated(self) -> Factors:
         return self._replace(b=-self.b)
 
     def minus(self, start: Factors) -> Factors:
         """This update less another of the same rank and alpha, as one of twice the rank. `halves` undoes it exactly."""
-        return Factors(torch.cat([self.a, start.a]), torch.cat([self.b, -start.b], dim=1), 2 * self.alpha)
+        a, b = torch.cat([self.a, start.a]), torch.cat([self.b, -start.b], dim=1)
+        return Factors(a, b, 2 * self.alpha, magnitude=self.magnitude)
 
     def halves(self) -> tuple[Factors, Factors]:
         """Of a difference made by `minus`: the update, and the start with B negated, both to be added."""
         r = self.rank // 2
         a, b = self.a.split(r), self.b.split(r, dim=1)
         trained, taken = (Factors(x.clone(), y.contiguous(), self.alpha / 2) for x, y in zip(a, b, strict=True))
-        return trained, taken
+        return trained._replace(magnitude=self.magnitude), taken
 
 
 def encode(
@@ -75,7 +98,7 @@ def encode(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": any(f.magnitude is not None for f in factors.values()),
         "modules_to_save": None,
         "inference_mode": True,
     }
@@ -83,6 +106,8 @@ def encode(
     for name, f in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = f.a.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = f.b.contiguous()
+        if f.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = f.magnitude.contiguous()
     return {
         CONFIG_FILE: (json.dumps(config, indent=1, sort_keys=True) + "\n").encode(),
         TENSOR_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
@@ -98,5 +123,7 @@ def decode(files: Mapping[str, bytes]) -> dict[str, Factors]:
         if key.endswith(".lora_A.weight"):
             name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
             alpha = float(config["alpha_pattern"].get(name, config["lora_alpha"]))
-            factors[name] = Factors(a, tensors[f"{PREFIX}{name}.lora_B.weight"], alpha)
+            b, magnitude = (tensors.get(f"{PREFIX}{name}.{key}") for key in ("lora_B.weight", "lora_magnitude_vector"))
+            assert b is not None
+            factors[name] = Factors(a, b, alpha, magnitude=magnitude)
     return dict(sorted(factors.items()))

@@ -10,6 +10,7 @@ from .errors import UserError
 
 FORMAT = 1
 CHAIN_FILE = "chain.json"
+REQUIRED = ("base", "base_kind", "rounding", "seed", "r", "alpha", "dropout", "modules", "links")
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -23,6 +24,19 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{folder / CHAIN_FILE} has format {found}, but this version reads format {FORMAT}: update cola_fast."
         )
+    missing = [key for key in REQUIRED if record.get(key) is None]
+    if missing:
+        raise UserError(
+            f"{folder / CHAIN_FILE} does not say the chain's {', '.join(missing)}, without which its links cannot be "
+            "folded to the same weights again: restore the file."
+        )
+    for link in record["links"]:
+        kind = link.get("base_kind", record["base_kind"])
+        if kind != record["base_kind"]:
+            raise UserError(
+                f"{folder / CHAIN_FILE} has a link {link['index']} that was tied into a base of kind {kind}, but the "
+                f"chain's is {record['base_kind']}: restore the file, or import that link's folder as an adapter."
+            )
     return record
 
 

@@ -6,14 +6,36 @@ import gc
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import Config
 from .errors import UserError
 
+if TYPE_CHECKING:
+    import torch
 
-def dry_run(config: Config) -> str:
-    """Trainable parameters, a memory estimate and the schedule; reads the data but no weights, writes nothing."""
+    from .batches import Batch, Feed
+    from .data import Data
+    from .memory import Estimate
+    from .schedule import Schedule
+
+
+class Plan(NamedTuple):
+    """A run before it starts."""
+
+    need: Estimate
+    schedule: Schedule
+    feed: Feed
+    data: Data
+    layers: int  # that get a link
+    batch: Batch  # the largest one
+    device: torch.device
+    dtype: torch.dtype
+
+
+def plan_run(config: Config) -> Plan:
+    """Reads the data but no weights, writes nothing."""
+    from .batches import collate, wants_flat
     from .chain import attach
     from .data import load_data
     from .memory import estimate
@@ -24,27 +46,38 @@ def dry_run(config: Config) -> str:
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
     schedule, feed = prepare(config, data)
-    c, t = config.chain, config.train
+    c, t, in_4bit = config.chain, config.train, config.model.load_in_4bit
+    ranks = [span.rank for span in schedule.spans]
     chain = attach(
-        model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rank_pattern=c.rank_pattern,
-        first_rank=max(span.rank for span in schedule.spans), scaling=c.scaling, frozen=c.frozen, share=c.share,
+        model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base="auto" if in_4bit else c.base,
+        rank_pattern=c.rank_pattern, first_rank=max(ranks), scaling=c.scaling, frozen=c.frozen, share=c.share,
+        gate=c.gate,
     )  # fmt: skip
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
-    length = data.max_length if t.packing else max(map(len, data.train))
-    labelled = max(sum(label >= 0 for label in example.labels) for example in data.train)
+    rows = [[data.train[i] for i in row] for row in feed.sampler.rows]
+    rows.sort(key=lambda row: -sum(map(len, row)))
+    batch = collate(rows[: t.batch_size], flat=wants_flat(model))
+    ledger = c.base == "ledger" or (c.base == "auto" and in_4bit)
     need = estimate(
-        chain, model, device=device, dtype=dtype, batch=t.batch_size, length=length,
-        logits=length if t.packing else labelled, in_4bit=config.model.load_in_4bit,
+        chain, model, batch, device=device, dtype=dtype, in_4bit=in_4bit, checkpointing=t.activation_checkpointing,
+        optimizer=t.optimizer, tied=sum(ranks[:-1]) if ledger else 0,
     )  # fmt: skip
+    return Plan(need, schedule, feed, data, len(chain.pairs()), batch, device, dtype)
+
+
+def dry_run(config: Config) -> str:
+    """Trainable parameters, a memory estimate and the schedule, as text."""
+    plan = plan_run(config)
+    need, schedule, c, t = plan.need, plan.schedule, config.chain, config.train
     percent = f"{need.trained / need.total:.2%}"
     lines = [
-        f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {dtype} on {device}",
-        f"link       {len(chain.pairs())} layers, {need.trained:,} trainable parameters ({percent})",
+        f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {plan.dtype} on {plan.device}",
+        f"link       {plan.layers} layers, {need.trained:,} trainable parameters ({percent})",
         *([] if c.ranks == "uniform" else [f"           at rank {c.r}; {c.ranks} chooses ranks before it trains"]),
-        *(f"data       {note}" for note in data.notes),
-        f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(feed)} batches an epoch, "
-        f"lr {config.schedule.lr:g} {config.schedule.lr_shape}, {config.schedule.lr_span}",
+        *(f"data       {note}" for note in plan.data.notes),
+        f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(plan.feed)} batches an epoch,"
+        f" lr {config.schedule.lr:g} {config.schedule.lr_shape}, {config.schedule.lr_span}",
     ]
     step = 0
     for span in schedule.spans:
@@ -52,16 +85,12 @@ def dry_run(config: Config) -> str:
         lines.append(f"  {place}   steps {step + 1} to {step + span.steps}, rank {span.rank}")
         step += span.steps
     lines.append(f"memory     weights {_size(need.weights)}, link with optimizer {_size(need.link)}")
-    if need.activations is None:
-        lines.append(f"           activations: not estimated, this model cannot be run without data ({need.obstacle})")
-    elif t.activation_checkpointing:
-        lines.append(
-            "           activations: far below the " + _size(need.activations) + " of a run without checkpointing"
-        )
+    if need.step is None:
+        lines.append(f"           a step: not estimated, this model cannot be run without data ({need.obstacle})")
     else:
-        shape = f"{t.batch_size} x {length} tokens"
-        lines.append(f"           activations {_size(need.activations)} ({shape}, the longest batch)")
-        lines.append(f"           together about {_size(need.peak or 0)}, temporary buffers and the framework aside")
+        shape = " x ".join(map(str, plan.batch.input_ids.shape))
+        lines.append(f"           a step {_size(need.step)} at its highest ({shape} tokens, the longest batch)")
+        lines.append(f"           together about {_size(need.peak or 0)}, and what libraries hold beside tensors")
     return "\n".join(lines)
 
 

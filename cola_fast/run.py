@@ -11,14 +11,15 @@ from types import TracebackType
 from typing import Any
 
 from . import config as configuration
-from . import store
+from . import store, world
 from .config import Config
 from .errors import UserError
 from .record import CHAIN_FILE
 
 CONFIG_FILE = "config.yaml"
 # Keys that may differ when a run is resumed: they do not change the links.
-FREE_KEYS = {"out", "train.save_every", "train.log_every", "train.loggers", "train.eval_batch_size", "data.test"}
+FREE_TRAIN_KEYS = ("save_every", "log_every", "loggers", "eval_batch_size", "shard")
+FREE_KEYS = {"out", "data.test", *(f"train.{key}" for key in FREE_TRAIN_KEYS)}
 
 
 class Run:
@@ -30,9 +31,7 @@ class Run:
         self._claimed = False
 
     def __enter__(self) -> Run:
-        if self.path.is_file():
-            raise UserError(f"out is {self.path}, but that is a file: name a folder.")
-        if self.path.exists() and any(self.path.iterdir()):
+        if world.lead(self._in_use):
             self.claim()  # an existing run: refuse at once, not after loading a model
         return self
 
@@ -41,12 +40,20 @@ class Run:
 
     @property
     def started(self) -> bool:
-        return (self.path / CHAIN_FILE).exists()
+        return world.lead((self.path / CHAIN_FILE).exists)
 
     def claim(self) -> None:
         """Lock the folder for this process, and make sure it is this configuration's."""
-        if self._claimed:
-            return
+        if not self._claimed:
+            world.lead(self._claim)
+        self._claimed = True
+
+    def _in_use(self) -> bool:
+        if self.path.is_file():
+            raise UserError(f"out is {self.path}, but that is a file: name a folder.")
+        return self.path.exists() and any(self.path.iterdir())
+
+    def _claim(self) -> None:
         others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.exists() else []
         if others and not (self.path / CONFIG_FILE).exists():
             raise UserError(f"out is {self.path}, which holds other files ({others[0]}, ...): choose a new folder.")
@@ -57,7 +64,6 @@ class Run:
         store.sweep(self.path)
         if not others:
             store.write_file(self.path / CONFIG_FILE, configuration.to_yaml(self.config).encode())
-        self._claimed = True
 
     def _require_same_config(self) -> None:
         old, new = flatten(configuration.to_dict(load_config(self.path))), flatten(configuration.to_dict(self.config))

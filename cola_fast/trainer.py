@@ -4,19 +4,21 @@
         for each step:  accumulate, clip, step; log, evaluate, save as configured
         knot:  save, tie (seal, record, fold), open the next link, save
 
-Everything that decides the next step (factors, optimizer, data order, random state, counters) is in the state that
-`Chain.save` writes beside the chain, so a run killed at any moment continues to the same links, bit for bit.
+Everything that decides the next step (factors, optimizer, data order, counters) is in the state that `Chain.save`
+writes beside the chain, so a run killed at any moment continues to the same links, bit for bit.
+
+Several processes share the forward passes of a step, see `world`. The configuration says what is computed, whoever does
+it: a step is `accumulation` batches of `batch_size` rows, and dropout is seeded by the number of the batch.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,33 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import metrics, plot
-from .batches import Feed, batch_loss, check_packing, check_padding, wants_flat
+from . import liger, metrics, plot, world
+from .batches import Batch, Feed, batch_loss, check_packing, check_padding, wants_flat
 from .best import save_best
+from .calibration import Sample, draw
 from .chain import Chain, attach, load_chain
 from .config import Config
 from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
 from .link import derive_seed
-from .methods import GRADIENT, RANKS, STATE
-from .models import checkpoint_activations, context_length, load_model, load_tokenizer, needed_logits
+from .methods import AFTER_STEP, GRADIENT, PERTURB, RANKS, STATE, Step, wanted_by
+from .models import (
+    checkpoint_activations,
+    context_length,
+    load_model,
+    load_tokenizer,
+    needed_logits,
+    resolve_device,
+    resolve_dtype,
+)
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, set_lr
 from .record import load_state
 from .run import Run
 from .schedule import Schedule, plan
+from .sharding import shard
+from .signals import collected_signals
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -81,32 +94,59 @@ def train(config: Config, *, quiet: bool = False) -> Result:
     Raises UserError for bad input (nothing on disk has changed then), for a loss that is not finite and for a full disk
     (the last good state is kept), and Interrupted after Ctrl-C or SIGTERM.
     """
-    with Run(config) as run:
-        model = load_model(config.model)
-        tokenizer = load_tokenizer(config.model)
-        data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
-        schedule, feed = prepare(config, data, flat=wants_flat(model))
-        (check_packing if config.train.packing else check_padding)(model)
-        resuming = run.started
-        if resuming:
-            chain = load_chain(model, run.path)
-        else:
-            c = config.chain
-            pattern = RANKS.choose(c.ranks)(model, data.train, c, 0) or c.rank_pattern
-            chain = attach(
-                model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
-                seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
-                scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry,
-            )  # fmt: skip
-        for span in schedule.spans:
-            chain.ranks(span.rank)
+    with world.joined(), Run(config) as run:
+        quiet = quiet or not world.is_main()
+        with world.together():
+            model, device = _load_model(config)
+            tokenizer = load_tokenizer(config.model)
+            data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+            schedule, feed = prepare(config, data, flat=wants_flat(model))
+        with world.together():
+            if device is not None:
+                shard(model, device)
+            (check_packing if config.train.packing else check_padding)(model)
+            resuming = run.started
+            if resuming:
+                chain = load_chain(model, run.path)
+            else:
+                c = config.chain
+                pattern = _ranks(config, model, data, 0) or c.rank_pattern
+                chain = attach(
+                    model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
+                    seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
+                    scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry, gate=c.gate,
+                    batches=_looked_at(config, data, 0), original=_original(config),
+                )  # fmt: skip
+            for span in schedule.spans:
+                chain.ranks(span.rank)
         run.claim()
         state = load_state(run.path) if resuming else None
         if not quiet:
             for note in data.notes:
                 print(f"data: {note}", file=sys.stderr)
-        loop = _Loop(config, run.path, model, chain, data, schedule, feed, state, quiet)
-        return loop.run()
+        obstacle = liger.obstacle(model) if config.train.use_liger else None
+        if obstacle and not quiet:
+            print(f"liger-kernel is off: {obstacle}", file=sys.stderr)
+        use_liger = config.train.use_liger and not obstacle
+        with liger.kernels(model) if use_liger else nullcontext():
+            loss = liger.summed_loss if use_liger else _summed_loss
+            return _Loop(config, run.path, model, chain, data, schedule, feed, state, loss, quiet).run()
+
+
+def _load_model(config: Config) -> tuple[nn.Module, torch.device | None]:
+    """The model on this process's device; or on the CPU, with the device that it is to be sharded onto."""
+    settings = replace(config.model, device=world.device(config.model.device))
+    if not config.train.shard or world.size() == 1:
+        return load_model(settings), None
+    device = resolve_device(settings.device)
+    wide = resolve_dtype(settings.dtype, device) == torch.float32
+    return load_model(replace(settings, device="cpu", dtype="fp32" if wide else "bf16")), device
+
+
+def _ranks(config: Config, model: nn.Module, data: Data, link: int) -> dict[str, int] | None:
+    """What the method chooses for link `link`, the same on all ranks."""
+    found = RANKS.choose(config.chain.ranks)(model, data.train, config.chain, link)
+    return world.lead(lambda: found)
 
 
 def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule, Feed]:
@@ -118,9 +158,33 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
     if (config.schedule.plateau or t.early_stop) and not data.eval:
         key = "schedule.plateau" if config.schedule.plateau else "train.early_stop"
         raise UserError(f"{key} needs a validation set: set data.eval or data.eval_share.")
+    if t.accumulation % world.size():
+        raise UserError(
+            f"train.accumulation is {t.accumulation}, but {world.size()} processes share the forward passes of a step: "
+            f"set it to {world.size()} or a multiple (and train.batch_size lower, for as many rows a step as before)."
+        )
     feed = Feed(data.train, t, max_length=data.max_length, flat=flat)
     steps_per_epoch = math.ceil(len(feed) / t.accumulation)
     return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), feed
+
+
+def _looked_at(config: Config, data: Data, link: int) -> list[Sample] | None:
+    """What the init looks at before a link: training examples drawn by a seed of their own, not from the feed."""
+    c, t = config.chain, config.train
+    if wanted_by(c.init).see is None:
+        return None
+    return draw(data.train, c.calibration, t.batch_size, derive_seed(t.seed, "calibration", link))
+
+
+def _original(config: Config) -> nn.Module | None:
+    """The model before it was quantised, if the init wants it; on the CPU."""
+    if not (wanted_by(config.chain.init).corrects and config.model.load_in_4bit):
+        return None
+    return load_model(replace(config.model, load_in_4bit=False, device="cpu"))
+
+
+def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return batch_loss(needed_logits(model, batch), batch)[0]
 
 
 class _Loop:
@@ -134,10 +198,12 @@ class _Loop:
         schedule: Schedule,
         feed: Feed,
         state: dict[str, Any] | None,
+        summed_loss: Callable[[nn.Module, Batch], Tensor],
         quiet: bool,
     ) -> None:
         self.config, self.path, self.model, self.chain = config, run, model, chain
         self.data, self.schedule, self.feed, self.quiet = data, schedule, feed, quiet
+        self.summed_loss = summed_loss
         self.device = next(model.parameters()).device
         self.at = Position()
         self.resumed = state is not None
@@ -146,9 +212,10 @@ class _Loop:
         self.optimizer_state: dict[int, dict[str, Any]] = {}  # to be loaded into the next optimizer
         gradient = config.train.gradient
         self.change_gradients = None if gradient is None else GRADIENT.choose(gradient)
+        after_step = config.train.after_step
+        self.after_step = None if after_step is None else AFTER_STEP.choose(after_step)
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at: reading one waits for the GPU
         self.unlogged: list[float] = []  # losses of the steps since the last row of metrics
-        torch.manual_seed(config.train.seed)
         if state is not None and state["extra"]:
             self._restore(state["extra"])
         if config.train.activation_checkpointing:
@@ -161,12 +228,15 @@ class _Loop:
         self.started = time.perf_counter() - self.at.seconds
         self.logged_tokens, self.logged_at = self.at.tokens, time.perf_counter()
         self.said_at = self.logged_at
-        self.loggers: list[metrics.Logger] = [metrics.JsonLines(self.path, resume_step=self.at.step, link=self.at.link)]
-        self.loggers += [metrics.LOGGERS[name](self.path) for name in self.config.train.loggers]
+        self.loggers: list[metrics.Logger] = []
+        with world.together():
+            if world.is_main():
+                self.loggers = [metrics.JsonLines(self.path, resume_step=self.at.step, link=self.at.link)]
+                self.loggers += [metrics.LOGGERS[name](self.path) for name in self.config.train.loggers]
         self.bar = tqdm(
             total=self.schedule.total, initial=self.at.step, unit="step", disable=True if self.quiet else None
         )
-        with _signals() as self.signals:
+        with collected_signals() as self.signals:
             try:
                 if not self.resumed:
                     self._evaluate()
@@ -180,7 +250,7 @@ class _Loop:
                 self.bar.close()
                 for logger in self.loggers:
                     logger.close()
-        plot.draw(self.path)
+        self._draw()
         best = None if math.isinf(self.at.best_loss) else self.at.best_loss
         return Result(self.path, self.at.step, len(self.chain.links), self.score, best, self.at.seconds)
 
@@ -188,9 +258,10 @@ class _Loop:
         """Make sure the link is open and has its optimizer; save, so that a run always has a state to resume from."""
         fresh = self.chain.open_link is None
         if fresh:
-            c, link = self.config.chain, self.at.link
-            pattern = RANKS.choose(c.ranks)(self.model, self.data.train, c, link)
-            self.chain.extend(self.schedule.spans[link].rank, rank_pattern=pattern)
+            link = self.at.link
+            pattern = _ranks(self.config, self.model, self.data, link)
+            batches = _looked_at(self.config, self.data, link)
+            self.chain.extend(self.schedule.spans[link].rank, rank_pattern=pattern, batches=batches)
         self.optimizer = make_optimizer(self.chain, self.config.train)
         load_optimizer_state(self.optimizer, self.optimizer_state)
         self.optimizer_state = {}
@@ -203,18 +274,26 @@ class _Loop:
         batches = [next(self.feed) for _ in range(t.accumulation)]
         labelled = sum(batch.labelled for batch in batches)  # the mean is over the step's tokens, not over its batches
         loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            batch = batch.to(self.device)
-            part = batch_loss(needed_logits(self.model, batch), batch)[0] / labelled
-            part.backward()
-            loss += part.detach()
+        with self._perturbed():
+            for number in range(world.rank(), t.accumulation, world.size()):
+                # who computes a batch makes no difference to its dropout: neither its seed nor which layers run as one
+                torch.manual_seed(derive_seed(t.seed, "dropout", at.step * t.accumulation + number))
+                self.chain.grouping.held = number >= world.size()
+                batch = batches[number].to(self.device)
+                part = self.summed_loss(self.model, batch) / labelled
+                part.backward()
+                loss += part.detach()
+        self._share_gradients(loss)
         if self.change_gradients is not None:
-            self.change_gradients(self.chain.pairs())
+            self.change_gradients(self.chain.pairs(), t)
         if t.clip is not None:
             nn.utils.clip_grad_norm_(self.chain.parameters(), t.clip)
         lr = self.schedule.lr(at.step, at.link, at.link_start)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
+        if self.after_step is not None:
+            done = (at.step + 1 - at.link_start) / self.schedule.spans[at.link].steps
+            self.after_step(self.chain.pairs(), Step(lr, done, t, self.optimizer.state))
         self.optimizer.zero_grad(set_to_none=True)
 
         at.step += 1
@@ -231,11 +310,27 @@ class _Loop:
             self._evaluate()
         if at.knot_due:
             return
-        if self.signals:
+        if world.anyone(bool(self.signals)):
             self._save()
             raise Interrupted(f"Stopped after step {at.step}; the same command resumes from there.")
         if at.step % t.save_every == 0:
             self._save()
+
+    def _share_gradients(self, loss: Tensor) -> None:
+        """Each rank's sums become those of the whole step, and `loss` with them."""
+        if world.size() == 1:
+            return
+        for p in self.chain.parameters():
+            if p.grad is None:  # a module that this rank's batches did not come by
+                p.grad = torch.zeros_like(p)
+        world.sum_([*(p.grad for p in self.chain.parameters() if p.grad is not None), loss])
+
+    def _perturbed(self) -> AbstractContextManager[None]:
+        t, at = self.config.train, self.at
+        if t.perturb is None:
+            return nullcontext()
+        seed = derive_seed(t.seed, "perturb", at.step)
+        return PERTURB.choose(t.perturb)(self.chain.layers, at.step / self.schedule.total, seed, t)
 
     def _knot(self) -> None:
         at = self.at
@@ -253,7 +348,7 @@ class _Loop:
         if at.link == len(self.schedule.spans) or at.stopping:
             self._save()
         self._say(f"link {at.link} of {len(self.schedule.spans)} tied at step {at.step}")
-        plot.draw(self.path)
+        self._draw()
 
     # --- looking and keeping ------------------------------------------------------------------------------------------
 
@@ -273,7 +368,7 @@ class _Loop:
             at.link_best_loss, at.link_stale = self.score.loss, 0
         if self.score.loss < at.best_loss:
             at.best_loss, at.stale = self.score.loss, 0
-            save_best(self.chain, self.path, step=at.step, loss=at.best_loss)
+            world.lead(lambda: save_best(self.chain, self.path, step=at.step, loss=at.best_loss))
         if self.config.train.early_stop and at.stale >= self.config.train.early_stop:
             at.knot_due = at.stopping = True
         if self.config.schedule.plateau and at.link_stale >= self.config.schedule.plateau:
@@ -282,15 +377,10 @@ class _Loop:
     def _save(self) -> None:
         self._check_losses()
         self.at.seconds = time.perf_counter() - self.started
-        rng = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
         extra = {
             "position": asdict(self.at),
             "feed": self.feed.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.optimizer else {"state": self.optimizer_state},
-            "rng": rng,
         }
         self.chain.save(self.path, extra)
 
@@ -298,26 +388,24 @@ class _Loop:
         self.at = Position(**extra["position"])
         self.feed.load_state_dict(extra["feed"])
         self.optimizer_state = extra["optimizer"]["state"]
-        torch.set_rng_state(extra["rng"]["cpu"])
-        if torch.cuda.is_available() and extra["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(extra["rng"]["cuda"])
 
     def _check_losses(self) -> None:
         """Look at the losses of the last steps. One that is not finite ends the run before anything is saved."""
         if not self.pending:
             return
         losses = torch.stack([loss for _, loss in self.pending]).tolist()
-        for (step, _), loss in zip(self.pending, losses, strict=True):
-            if not math.isfinite(loss):
-                kept = (
-                    "nothing had been saved" if self.chain.folder is None else f"{self.path} keeps its last good state"
-                )
-                raise UserError(
-                    f"The loss became {loss} at step {step}: training stopped, {kept}. Lower schedule.lr, add "
-                    "schedule.warmup, or look for a bad row in the data."
-                )
+        bad = [(step, loss) for (step, _), loss in zip(self.pending, losses, strict=True) if not math.isfinite(loss)]
+        if bad:
+            world.lead(lambda: self._refuse(*bad[0]))
         self.pending = []
         self.unlogged += losses
+
+    def _refuse(self, step: int, loss: float) -> None:
+        kept = "nothing had been saved" if self.chain.folder is None else f"{self.path} keeps its last good state"
+        raise UserError(
+            f"The loss became {loss} at step {step}: training stopped, {kept}. Lower schedule.lr, add "
+            "schedule.warmup, or look for a bad row in the data."
+        )
 
     def _log_training(self, lr: float) -> None:
         self._check_losses()
@@ -338,28 +426,11 @@ class _Loop:
         for logger in self.loggers:
             logger.log(row)
 
+    def _draw(self) -> None:
+        if world.is_main():
+            plot.draw(self.path)
+
     def _say(self, line: str) -> None:
         self.said_at = time.perf_counter()
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying; a second SIGINT does what it always did."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever owns it handles signals
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

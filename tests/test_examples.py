@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from cola_fast import cli
+
 from .cola.trainer_runs import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {
     "peft_drop_in": ("14 LoRA layers run on cola_kernels", "runs/peft-drop-in/adapter_model.safetensors"),
     "trainer_callback": ("3 links", "runs/trainer/merged/model.safetensors"),
+    "two_processes": ("3 links in 12 steps", "runs/two-processes/run/links/002/adapter_model.safetensors"),
     "trl_sft": ("relative error", "runs/trl/adapter/adapter_model.safetensors"),
 }
 
@@ -37,6 +41,32 @@ def test_example(name: str, tiny_folder: Path, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "runs" / "trainer" / "merged")
         shutil.rmtree(tmp_path / "runs" / "trainer" / "checkpoint-12")
         assert says in run(name, model, tmp_path)
+
+
+@pytest.mark.slow
+def test_quickstart(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's."""
+    section = (ROOT / "README.md").read_text().partition("## In Python")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_folder)), {})
+    assert Path("my-adapter/adapter_model.safetensors").exists()
+    assert len(json.loads(Path("runs/mine/chain.json").read_text())["links"]) == 3
+
+
+@pytest.mark.slow
+def test_qlora_yaml(wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = tmp_path / "model"
+    shutil.copytree(wide_folder, model)
+    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "examples/qlora.yaml", f"model.name={model}", "device=cpu"]) == 0
+    assert cli.main(["export", "runs/qlora", "--to", "adapter"]) == 0
+    record = json.loads(Path("runs/qlora/chain.json").read_text())
+    assert (len(record["links"]), record["base_kind"]) == (2, "ledger")
+    assert list(Path("runs/qlora").rglob("export*/**/adapter_model.safetensors"))
 
 
 def run(name: str, model: Path, folder: Path) -> str:

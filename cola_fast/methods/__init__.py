@@ -8,38 +8,54 @@ import importlib
 import pkgutil
 
 from .registry import (
+    AFTER_STEP,
+    GATE,
     GRADIENT,
     INIT,
     METHODS,
     OPTIMIZER,
+    PERTURB,
     RANKS,
     SCALING,
     SLOTS,
     STATE,
+    WANTS,
+    Gates,
     Method,
     Pair,
     Site,
+    Step,
+    Wants,
     preset,
     register,
     table,
+    wanted_by,
 )
 
 for _found in sorted(module.name for module in pkgutil.iter_modules(__path__)):
     importlib.import_module(f".{_found}", __name__)
 
 __all__ = [
+    "AFTER_STEP",
+    "GATE",
     "GRADIENT",
     "INIT",
     "METHODS",
     "OPTIMIZER",
+    "PERTURB",
     "RANKS",
     "SCALING",
     "SLOTS",
     "STATE",
+    "WANTS",
+    "Gates",
     "Method",
     "Pair",
     "Site",
+    "Step",
+    "Wants",
     "preset",
     "register",
     "table",
+    "wanted_by",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .registry import OPTIMIZER
+from .registry import OPTIMIZER, Pair
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @OPTIMIZER.fill("adamw")
-def adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+def adamw(groups: list[dict[str, Any]], config: TrainConfig, pairs: Sequence[Pair]) -> torch.optim.Optimizer:
     """Weight decay shrinks the factors themselves (decoupled)."""
     import torch
 
@@ -21,7 +22,7 @@ def adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Opti
 
 
 @OPTIMIZER.fill("adam")
-def adam(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+def adam(groups: list[dict[str, Any]], config: TrainConfig, pairs: Sequence[Pair]) -> torch.optim.Optimizer:
     """Weight decay is an L2 penalty: it is added to the gradient."""
     import torch
 

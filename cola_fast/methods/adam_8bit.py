@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .registry import OPTIMIZER
+from .registry import OPTIMIZER, Pair
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def _register(name: str, kind: str) -> None:
     @OPTIMIZER.fill(name)
-    def make(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    def make(groups: list[dict[str, Any]], config: TrainConfig, pairs: Sequence[Pair]) -> torch.optim.Optimizer:
         try:
             from bitsandbytes import optim
         except ImportError:

@@ -33,7 +33,7 @@ def kaiming(site: Site) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    n, k = site.weight.shape
+    n, k = site.shape
     a, b = torch.zeros(site.rank, k, dtype=site.dtype), torch.zeros(n, site.rank, dtype=site.dtype)
     drawn, fan_in = (b, site.rank) if site.frozen == "b" else (a, k)
     bound = math.sqrt(1 / fan_in)  # kaiming_uniform_(a=sqrt(5)): gain sqrt(1/3) times sqrt(3 / fan_in)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
 from .registry import GRADIENT, Method, Pair, register
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..config import TrainConfig
 
 register(
     Method(
@@ -22,9 +25,11 @@ register(
 
 
 @GRADIENT.fill("lora-pro")
-def lora_pro(pairs: Sequence[Pair]) -> None:
+def lora_pro(pairs: Sequence[Pair], config: TrainConfig) -> None:
     """LoRA-Pro's closed form, in fp64: R x R systems, one of them a Sylvester equation for the X left free."""
-    for a, b, scale in pairs:
+    for a, b, scale, e in pairs:
+        if e is not None:
+            raise UserError("train.gradient lora-pro knows no gates on the rank: set chain.gate to null.")
         if a.grad is None or b.grad is None:
             continue
         da, db = nearest(a.detach().double(), b.detach().double(), a.grad.double(), b.grad.double(), scale)

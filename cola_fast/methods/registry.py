@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from ..config import ChainConfig, TrainConfig
     from ..encode import Example
+    from ..layer import LoRALinear
     from ..peft_format import Factors
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,7 +33,8 @@ class Method:
 class Site:
     """One module, for which a new link needs its first values. Weight and previous values are not to be changed."""
 
-    weight: Tensor  # [N, K], all sealed links folded in
+    shape: tuple[int, int]  # (N, K)
+    read: Callable[[], Tensor]  # the weight [N, K], all sealed links folded in
     rank: int
     scale: float
     frozen: str | None  # "a" or "b": the factor that will not be trained
@@ -39,14 +42,56 @@ class Site:
     dtype: torch.dtype  # of the factors
     generator: torch.Generator  # on the CPU, its own for each link and module
     previous: Callable[[], Factors | None]  # what the link before ended with here; read from disk when asked for
+    index: int = 0  # of the link in its chain
+    seen: Any = None  # what the init's `see` made of the training batches
+    original: Tensor | None = None  # [N, K], for an init that `corrects`: the weight before it was quantised
+
+    @property
+    def weight(self) -> Tensor:
+        """Only for a start that depends on it: it may have to be dequantised, or gathered from other processes."""
+        return self.read()
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What an init wants beyond the weight, and whether it changes the model's function on purpose."""
+
+    # (what it made of the batches before or None, R, x [M, K], dy [M, N] or None) -> the same with this batch, at one
+    # module. Linear algebra in at least fp32; random draws are seeded.
+    see: Callable[[Any, int, Tensor, Tensor | None], Any] | None = None
+    gradients: bool = False  # dy, the gradient of the module's output, too
+    corrects: bool = False  # it starts as a correction of what quantising lost, which stays in the function
+
+
+class Gates(NamedTuple):
+    """What a link trains at one module beside A and B."""
+
+    e: Tensor | None = None  # [R], on the inner product
+    magnitude: Tensor | None = None  # [N], what the weight's rows are scaled to
 
 
 class Pair(NamedTuple):
-    """The trained factors of one module: the update is `scale · b @ a`, a [R, K], b [N, R]."""
+    """The trained factors of one module: the update is `scale · b diag(e) a`, a [R, K], b [N, R], e [R]."""
 
     a: nn.Parameter
     b: nn.Parameter
     scale: float
+    e: nn.Parameter | None = None
+
+    def require_e(self, key: str) -> nn.Parameter:
+        """Raises UserError if the link has none. key: the configuration key that asks for it."""
+        if self.e is None:
+            raise UserError(f"{key} needs gates on the rank: set chain.gate to one that has them, such as sora.")
+        return self.e
+
+
+class Step(NamedTuple):
+    """A step that the optimizer has just taken. Gradients are still there."""
+
+    lr: float
+    done: float  # share of the link's steps, this one included
+    config: TrainConfig
+    state: dict[Any, dict[str, Any]]  # the optimizer's, by parameter: what is added is saved, and reset, with the rest
 
 
 class Slot(dict[str, F], Generic[F]):
@@ -70,24 +115,40 @@ class Slot(dict[str, F], Generic[F]):
 
 
 # A link's first A [R, K] and B [N, R], in `site.dtype` on any device. Where B A is not zero, the chain takes
-# scale · B A out of the weight, so that the model's function stays as it was.
+# scale · B A out of the weight, so that the model's function stays as it was (unless the init corrects it).
 INIT: Slot[Callable[[Site], tuple[Tensor, Tensor]]] = Slot("chain.init")
+WANTS: dict[str, Wants] = {}  # by name of the init; most want nothing
+# The first gates of a link, in `site.dtype`: with e, `scale · B diag(e) A` is what leaves the weight.
+GATE: Slot[Callable[[Site], Gates]] = Slot("chain.gate")
 # (alpha, R, r) -> the alpha a module of rank R gets where the chain's are alpha and r: its scale is that alpha over R.
 SCALING: Slot[Callable[[float, int, int], float]] = Slot("chain.scaling")
 # (model without an open link, training examples, configuration, index of the link about to be opened)
 # -> module or pattern -> rank, or None to leave the ranks as they are.
 RANKS: Slot[Callable[[nn.Module, Sequence[Example], ChainConfig, int], dict[str, int] | None]] = Slot("chain.ranks")
-# (parameter groups, configuration) -> optimizer.
-OPTIMIZER: Slot[Callable[[list[dict[str, Any]], TrainConfig], torch.optim.Optimizer]] = Slot("train.optimizer")
+# (parameter groups, configuration, which parameters are factors of one module) -> optimizer.
+OPTIMIZER: Slot[Callable[[list[dict[str, Any]], TrainConfig, Sequence[Pair]], torch.optim.Optimizer]] = Slot(
+    "train.optimizer"
+)
 # Changes the gradients in place, after the backward pass and before clipping.
-GRADIENT: Slot[Callable[[Sequence[Pair]], None]] = Slot("train.gradient")
+GRADIENT: Slot[Callable[[Sequence[Pair], TrainConfig], None]] = Slot("train.gradient")
+# (layers by name, share of the run that is done, seed of the step, configuration) -> what a step's forward and backward
+# passes run inside. It leaves the weights, and afterwards the layers, as they were.
+PERTURB: Slot[Callable[[Mapping[str, LoRALinear], float, int, TrainConfig], AbstractContextManager[None]]] = Slot(
+    "train.perturb"
+)
+# Changes the parameters in place, after the optimizer's step.
+AFTER_STEP: Slot[Callable[[Sequence[Pair], Step], None]] = Slot("train.after_step")
 # (the optimizer's state by parameter index, `schedule.prune`, seed) -> what the next link's optimizer starts from.
 STATE: Slot[Callable[[dict[int, dict[str, Any]], float, int], dict[int, dict[str, Any]]]] = Slot(
     "schedule.optimizer_state"
 )
-SLOTS: tuple[Slot[Any], ...] = (INIT, SCALING, RANKS, OPTIMIZER, GRADIENT, STATE)
+SLOTS: tuple[Slot[Any], ...] = (INIT, GATE, SCALING, RANKS, OPTIMIZER, GRADIENT, PERTURB, AFTER_STEP, STATE)
 
 METHODS: dict[str, Method] = {}
+
+
+def wanted_by(init: str) -> Wants:
+    return WANTS.get(init, Wants())
 
 
 def register(*methods: Method) -> None:

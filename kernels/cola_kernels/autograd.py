@@ -15,8 +15,9 @@ every B frozen S is not. An NF4 weight is dequantised in forward and again in ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from . import nf4
 from .checks import check_group, check_lora_linear
 from .nf4 import NF4, Layout, Weight
 from .philox import as_seed
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 class MakeMask(Protocol):
@@ -125,6 +128,7 @@ def make_function(ops: Primitives) -> type[Function]:
 
         @staticmethod
         @once_differentiable
+        @_without_autocast
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             scales, dropout, count = ctx.scales, ctx.dropout, len(ctx.scales)
             x, s, seed, *members = ctx.saved_tensors
@@ -173,6 +177,20 @@ def make_function(ops: Primitives) -> type[Function]:
             return dx, None, None, None, None, *([None] * count), *das, *dbs, *dbiases, *([None] * len(others))
 
     return LoRALinear
+
+
+def _without_autocast(backward: Backward) -> Backward:
+    """Forward has settled the dtypes; people call `loss.backward()` where autocast would change some of them."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *dys: Tensor | None) -> Any:
+        kinds = {dy.device.type for dy in dys if dy is not None}
+        if not any(map(torch.is_autocast_enabled, kinds)):
+            return backward(ctx, *dys)
+        with torch.autocast(kinds.pop(), enabled=False):
+            return backward(ctx, *dys)
+
+    return cast(Backward, wrapped)
 
 
 def apply(

@@ -47,8 +47,31 @@ def check_group(
         raise ValueError(f"lora_as have dtypes {sorted(map(str, dtypes))}, but a group stacks them: use one dtype.")
 
 
-def check_merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, rounding: str) -> None:
+def check_gates(
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    es: Sequence[Tensor | None],
+    cs: Sequence[Tensor | None],
+) -> None:
+    counts = [len(part) for part in (lora_bs, biases, es, cs)]
+    if len(set(counts)) > 1:
+        raise ValueError(f"lora_bs, biases, es and cs have lengths {counts}: give one each a member, None for no gate.")
+    for b, bias, e, c in zip(lora_bs, biases, es, cs, strict=True):
+        n, r = b.shape if b.dim() == 2 else (0, 0)
+        for name, gate, size in (("e", e, r), ("c", c, n)):
+            if gate is not None and (tuple(gate.shape) != (size,) or not gate.is_floating_point()):
+                raise ValueError(
+                    f"{name} is {gate.dtype} {list(gate.shape)}, but lora_b {list(b.shape)} needs a floating-point "
+                    f"gate [{size}]."
+                )
+        if bias is not None and c is not None and tuple(bias.shape) != (n,):
+            raise ValueError(f"bias has shape {list(bias.shape)}, but weight has {n} rows: bias must be [{n}].")
+
+
+def check_merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, rounding: str, c: Tensor | None) -> None:
     check_factors(weight, lora_a, lora_b)
+    if c is not None and tuple(c.shape) != (weight.shape[0],):
+        raise ValueError(f"c has shape {list(c.shape)}, but weight has {len(weight)} rows: c must be [{len(weight)}].")
     if not weight.is_floating_point():
         raise ValueError(f"weight is {weight.dtype}, but merge_ folds into bf16, fp16, fp32 or fp64 weights.")
     if rounding not in ROUNDINGS:

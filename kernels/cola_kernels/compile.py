@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import backend, dequantize, matmul, merge, nf4_fold, nf4_merge, skinny
+from . import backend, dequantize, gate_grads, matmul, merge, nf4_fold, nf4_merge, skinny
 from .tuning import Config, Shape, rank_block
 
 KIB = 1024
@@ -82,7 +82,7 @@ class Row(NamedTuple):
 def cases() -> list[Case]:
     """Everything the launchers can ask for, with K and N multiples of 16, and M and R both or neither."""
     found: dict[str, Case] = {}
-    for case in itertools.chain(_skinny_cases(), _matmul_cases(), _merge_cases(), _nf4_cases()):
+    for case in itertools.chain(_skinny_cases(), _matmul_cases(), _merge_cases(), _gate_cases(), _nf4_cases()):
         rule = case.rule or (case.label() in found and found[case.label()].rule)  # for any number of tokens
         found[case.label()] = case._replace(rule=rule)
     odd = [case._replace(odd=True) for case in found.values() if "R" in case.kernel.arg_names]
@@ -137,15 +137,23 @@ def _matmul_cases() -> Iterator[Case]:
 
 
 def _merge_cases() -> Iterator[Case]:
-    for dtype, stochastic, report in itertools.product(DTYPES, (False, True), (False, True)):
+    flags = (False, True)
+    for dtype, stochastic, report, gated in itertools.product(DTYPES, flags, flags, flags):
         if stochastic and dtype == "fp32":
             continue
         constants: dict[str, Any] = {"DROPPED": 16 if stochastic else 0, "REPORT": report}
         constants |= {"stride_wk": 1, "stride_ak": 1, "stride_br": 1}
         constants |= {} if stochastic else {"p_seed": None}
         constants |= {} if report else {"p_report": None}
-        types = {"p_report": "*fp32"} if report else {}
+        constants |= {"GATED": gated} | ({} if gated else {"p_c": None})
+        types = {"p_report": "*fp32", "p_c": "*fp32"}
         yield Case(merge._merge_kernel, "merge", dtype, types, constants, merge.CONFIG, True)
+
+
+def _gate_cases() -> Iterator[Case]:
+    types, constants = {"p_c": "*fp32", "p_dc": "*fp32"}, {"stride_dyn": 1, "stride_yn": 1}
+    for dtype in DTYPES:
+        yield Case(gate_grads._gate_grads_kernel, "gate_grads", dtype, types, constants, gate_grads.CONFIG, True)
 
 
 def _nf4_cases() -> Iterator[Case]:

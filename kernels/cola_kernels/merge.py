@@ -1,4 +1,4 @@
-"""`merge_`: fold a low-rank update into a dense weight, W += scale · B A, in place and tile by tile, in Triton.
+"""`merge_`: fold a low-rank update into a dense weight, W = c ⊙ (W + scale · B A), in place, by tiles, in Triton.
 
 A program reads one tile of W, adds its part of the update in fp32, rounds once and writes it back: nothing of W's size
 is allocated. Stochastic rounding draws the bits of `philox.draws`, as the reference does, so that for the same sum both
@@ -35,11 +35,13 @@ def _merge_kernel(
     p_w,
     p_a,
     p_b,
+    p_c,
     p_seed,
     p_report,
     N,
     K,
     R,
+    first_row,
     stride_wn,
     stride_wk,
     stride_ar,
@@ -47,6 +49,7 @@ def _merge_kernel(
     stride_bn,
     stride_br,
     scale,
+    GATED: tl.constexpr,
     DROPPED: tl.constexpr,
     REPORT: tl.constexpr,
     BN: tl.constexpr,
@@ -76,8 +79,11 @@ def _merge_kernel(
     m_w = (o_n < N)[:, None] & (o_k < K)[None, :]
     before = tl.load(p_tile, mask=m_w, other=0.0)  # [BN, BK]
     target = before.to(tl.float32) + delta
+    if GATED:
+        target *= tl.load(p_c + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
+        delta = target - before.to(tl.float32)
     if DROPPED:
-        target = _round_stochastic(target, draws(p_seed, o_n, first_k, K, BK), DROPPED)
+        target = _round_stochastic(target, draws(p_seed, first_row + o_n, first_k, K, BK), DROPPED)
     after = target.to(before.dtype)
     tl.store(p_tile, after, mask=m_w)
     if REPORT:
@@ -96,10 +102,13 @@ def merge_(
     *,
     rounding: str = "nearest",
     seed: int = 0,
+    first_row: int = 0,
     report: bool = False,
+    c: Tensor | None = None,
 ) -> FoldReport | None:
-    """`weight += scale · B A` in place, rounded once from fp32; `reference.merge_` says what the arguments are."""
-    check_merge(weight, lora_a, lora_b, rounding)
+    """`weight = c ⊙ (weight + scale · B A)` in place, rounded once from fp32; `reference.merge_` says what the
+    arguments are."""
+    check_merge(weight, lora_a, lora_b, rounding, c)
     (n, k), r = weight.shape, lora_a.shape[0]
     if weight.numel() == 0:
         return FoldReport(retained=1.0, error=0.0) if report else None
@@ -111,15 +120,18 @@ def merge_(
         weight.detach(),
         a,
         b,
+        None if c is None else c.detach().contiguous(),
         as_seed(seed, weight.device) if dropped else None,
         sums,
         n,
         k,
         r,
+        first_row,
         *weight.stride(),
         *a.stride(),
         *b.stride(),
         float(scale),
+        GATED=c is not None,
         DROPPED=dropped,
         REPORT=report,
         **CONFIG,

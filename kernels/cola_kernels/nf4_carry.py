@@ -46,7 +46,7 @@ def _products(view: NF4, codes: Tensor, a: Tensor, b: Tensor, scale: float, righ
     back = torch.zeros_like(right)
     for rows in nf4.tiles(view):
         absmax = nf4.scales(view, rows)
-        before, after = (nf4.values(nf4.unpack(c[rows]), absmax) for c in (view.codes, codes))
+        before, after = (nf4.values(c[rows], absmax) for c in (view.codes, codes))
         left = before.sub_(after).addmm_(b[rows], a, alpha=scale)
         image[rows] = left @ right
         back.addmm_(left.t(), image[rows])

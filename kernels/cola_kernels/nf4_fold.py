@@ -83,12 +83,11 @@ def round_codes_(view: NF4, a: Tensor, b: Tensor, scale: float, seed: Tensor | N
     sums = torch.zeros(3, dtype=torch.float64, device=a.device)
     for rows in nf4.tiles(view):
         tile, absmax = view.codes[rows], nf4.scales(view, rows)
-        old = nf4.unpack(tile)
-        before, delta = nf4.values(old, absmax), torch.mm(b[rows], a).mul_(scale)
-        y = normalise(before + delta, absmax, old)
+        before, delta = nf4.values(tile, absmax), torch.mm(b[rows], a).mul_(scale)
+        y = normalise(before + delta, absmax, nf4.unpack(tile))
         new = nearest(y) if seed is None else stochastic(y, draws(seed, *y.shape, first_row=rows.start))
         tile.copy_(nf4.pack(new))
-        sums += _sums(nf4.values(new, absmax).sub_(before), delta, None)
+        sums += _sums(nf4.values(tile, absmax).sub_(before), delta, None)
     return sums
 
 
@@ -98,7 +97,7 @@ def replace_codes_(view: NF4, codes: Tensor, a: Tensor, b: Tensor, scale: float,
     metric = None if metric is None else metric.float()
     for rows in nf4.tiles(view):
         absmax = nf4.scales(view, rows)
-        before, after = (nf4.values(nf4.unpack(c[rows]), absmax) for c in (view.codes, codes))
+        before, after = (nf4.values(c[rows], absmax) for c in (view.codes, codes))
         sums += _sums(after.sub_(before), torch.mm(b[rows], a).mul_(scale), metric)
         view.codes[rows] = codes[rows]
     return sums
@@ -148,9 +147,9 @@ def activation_codes(
     left = torch.empty(n, k, device=a.device)  # what the columns still to come have to represent, in `order`
     codes = torch.empty(n, k, dtype=torch.uint8, device=a.device)  # likewise
     for rows in nf4.tiles(view):
-        old = nf4.unpack(view.codes[rows])
+        old = view.codes[rows]
         left[rows] = nf4.values(old, nf4.scales(view, rows)).addmm_(b[rows], a, alpha=scale)[:, order]
-        codes[rows] = old[:, order]
+        codes[rows] = nf4.unpack(old)[:, order]
     absmax, block = nf4.scales(view, slice(0, n)), order // view.layout.blocksize
     for first in range(0, k, BLOCK_COLUMNS):
         here, behind = slice(first, first + BLOCK_COLUMNS), slice(first + BLOCK_COLUMNS, k)

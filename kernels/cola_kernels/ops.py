@@ -8,12 +8,13 @@ that they can be recomputed under activation checkpointing and captured in a CUD
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autograd, backend, nf4, nf4_fold, reference, small
+from . import autograd, backend, gates, nf4, nf4_fold, reference, small
 from .nf4 import NF4
 from .reference import FoldReport
 
@@ -108,7 +109,21 @@ def _triton_function() -> type[torch.autograd.Function] | None:
     )
 
 
+def _fake_gate_grads(dy: Tensor, y0: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(dy.shape), c.new_empty(c.shape)
+
+
+def _triton_gate() -> type[torch.autograd.Function] | None:
+    if not backend.HAS_TRITON:
+        return None
+    from .gate_grads import launch_gate_grads
+
+    schema = "gate_grads(Tensor dy, Tensor y0, Tensor c) -> (Tensor, Tensor)"
+    return gates.make_gate(_op(schema, launch_gate_grads, _fake_gate_grads))
+
+
 _TRITON = _triton_function()
+_TRITON_GATE = _triton_gate()
 
 
 def lora_linear(
@@ -121,13 +136,16 @@ def lora_linear(
     *,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    e: Tensor | None = None,
+    c: Tensor | None = None,
 ) -> Tensor:
-    """`x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ + bias`, differentiable in x, lora_a, lora_b and bias.
+    """`c ⊙ (x Wᵀ + scale · ((drop(x) Aᵀ) ⊙ e) Bᵀ) + bias`, differentiable in all but weight and scale.
 
     `reference.lora_linear` says what the arguments are. On a GPU this runs Triton kernels, elsewhere the reference;
     both draw the same dropout mask from the same seed.
     """
-    (y,) = lora_linear_group(x, [weight], [lora_a], [lora_b], [scale], [bias], dropout=dropout, seed=seed)
+    es, cs = (None if gate is None else [gate] for gate in (e, c))
+    (y,) = lora_linear_group(x, [weight], [lora_a], [lora_b], [scale], [bias], dropout=dropout, seed=seed, es=es, cs=cs)
     return y
 
 
@@ -141,16 +159,23 @@ def lora_linear_group(
     *,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    es: Sequence[Tensor | None] | None = None,
+    cs: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear` of several members that read the same x: one pass over x for every S, one accumulated dX.
 
     `reference.lora_linear_group` says what the arguments are; the backend is chosen as for `lora_linear`.
     """
-    if _TRITON is None or not backend.use_triton(x):
-        return reference.lora_linear_group(x, weights, lora_as, lora_bs, scales, biases, dropout=dropout, seed=seed)
-    if dropout == 0 and small.is_small(x, weights):
-        return small.lora_linear_group(x, weights, lora_as, lora_bs, scales, biases)
-    return autograd.apply(_TRITON, x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
+    if _TRITON is None or _TRITON_GATE is None or not backend.use_triton(x):
+        return reference.lora_linear_group(
+            x, weights, lora_as, lora_bs, scales, biases, dropout=dropout, seed=seed, es=es, cs=cs
+        )
+    ungated: Callable[..., tuple[Tensor, ...]] = small.lora_linear_group
+    if dropout != 0 or not small.is_small(x, weights):
+        ungated = partial(autograd.apply, _TRITON, dropout=dropout, seed=seed)
+    if es is None and cs is None:
+        return ungated(x, weights, lora_as, lora_bs, scales, biases)
+    return gates.apply(ungated, _TRITON_GATE, x, weights, lora_as, lora_bs, scales, biases, es, cs)
 
 
 def merge_(
@@ -161,18 +186,21 @@ def merge_(
     *,
     rounding: str = "nearest",
     seed: int = 0,
+    first_row: int = 0,
     report: bool = False,
+    c: Tensor | None = None,
 ) -> FoldReport | None:
-    """`weight += scale · B A` in place, without a temporary of weight's size, rounded once from fp32.
+    """`weight = c ⊙ (weight + scale · B A)` in place, without a temporary of its size, rounded once from fp32.
 
     `reference.merge_` says what the arguments are; the backend is chosen as for `lora_linear`.
     """
+    options: dict[str, Any] = {"rounding": rounding, "seed": seed, "first_row": first_row, "report": report, "c": c}
     if backend.use_triton(weight):
         from .merge import merge_ as triton_merge_
 
         with torch.cuda.device_of(weight):
-            return triton_merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
-    return reference.merge_(weight, lora_a, lora_b, scale, rounding=rounding, seed=seed, report=report)
+            return triton_merge_(weight, lora_a, lora_b, scale, **options)
+    return reference.merge_(weight, lora_a, lora_b, scale, **options)
 
 
 def nf4_dequantize(weight: Tensor, dtype: torch.dtype) -> Tensor:

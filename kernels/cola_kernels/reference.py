@@ -12,13 +12,14 @@ Any float dtype works, float64 included, which is how the other implementations 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, nf4
+from . import autograd, gates, nf4
 from .checks import check_merge
 from .philox import DRAW_RANGE, as_seed, draws, dropout_threshold, inverse_keep
 
@@ -44,8 +45,10 @@ def lora_linear(
     *,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    e: Tensor | None = None,
+    c: Tensor | None = None,
 ) -> Tensor:
-    """`x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ + bias`, differentiable in x, lora_a, lora_b and bias.
+    """`c ⊙ (x Wᵀ + scale · ((drop(x) Aᵀ) ⊙ e) Bᵀ) + bias`, differentiable in all but weight and scale.
 
     Args:
         x: `[..., K]`, floating point.
@@ -57,6 +60,9 @@ def lora_linear(
         dropout: probability in [0, 1) that an element of x is left out of the low-rank branch.
         seed: of the dropout mask: an int, an int64 scalar tensor on x's device, or None to draw one from torch's
             generator. Ignored without dropout.
+        e: `[R]`, a gate on the inner product, any float dtype; None costs nothing.
+        c: `[N]`, a gate on the output but for the bias, any float dtype, used in fp32 at least; None costs nothing.
+            Where it needs a gradient, the output without it is kept for backward.
 
     Returns:
         `[..., N]` in x's dtype (the autocast dtype under autocast).
@@ -65,7 +71,8 @@ def lora_linear(
         ValueError: shapes or dtypes that do not fit, dropout outside [0, 1), a weight that requires a gradient; of
             quantised weights, what is not NF4, or was repacked for the CPU (`unpack_nf4_`).
     """
-    (y,) = autograd.apply(FUNCTION, x, [weight], [lora_a], [lora_b], [scale], [bias], dropout, seed)
+    es, cs = (None if gate is None else [gate] for gate in (e, c))
+    (y,) = lora_linear_group(x, [weight], [lora_a], [lora_b], [scale], [bias], dropout=dropout, seed=seed, es=es, cs=cs)
     return y
 
 
@@ -79,11 +86,13 @@ def lora_linear_group(
     *,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    es: Sequence[Tensor | None] | None = None,
+    cs: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear` of several members that read the same x: one pass over x for every S, one accumulated dX.
 
     Args: as `lora_linear`, one entry a member; N and R may differ between members, K may not. The members share one
-        dropout mask: each result is what `lora_linear` gives with the same seed.
+        dropout mask: each result is what `lora_linear` gives with the same seed. es, cs: the gates; None for none.
 
     Returns:
         One `[..., N]` a member.
@@ -91,7 +100,10 @@ def lora_linear_group(
     Raises:
         ValueError: as `lora_linear`; lists of different lengths, or lora_as of different dtypes.
     """
-    return autograd.apply(FUNCTION, x, weights, lora_as, lora_bs, scales, biases, dropout, seed)
+    ungated = partial(autograd.apply, FUNCTION, dropout=dropout, seed=seed)
+    if es is None and cs is None:
+        return ungated(x, weights, lora_as, lora_bs, scales, biases)
+    return gates.apply(ungated, GATE, x, weights, lora_as, lora_bs, scales, biases, es, cs)
 
 
 def make_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
@@ -139,6 +151,7 @@ def factor_grad(ds: Tensor, x: Tensor, dropout: float, mask: Tensor | None, dtyp
 FUNCTION = autograd.make_function(
     autograd.Primitives(make_mask, project, seeded_matmul, output_grads, factor_grad, nf4.dequantize)
 )
+GATE = gates.make_gate(gates.gate_grads)
 
 
 def _zero(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -151,7 +164,7 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tenso
     return make_mask(seed, rows, columns, dropout).logical_not_()
 
 
-TILE_ELEMENTS = 1 << 15  # of the fp32 tile merge_ works in: 128 KiB, so that all temporaries together stay small
+TILE_ELEMENTS = 1 << 16  # of the fp32 tile merge_ works in, 256 KiB: all temporaries stay small, and in a CPU's cache
 
 
 def merge_(
@@ -162,46 +175,52 @@ def merge_(
     *,
     rounding: str = "nearest",
     seed: int = 0,
+    first_row: int = 0,
     report: bool = False,
+    c: Tensor | None = None,
 ) -> FoldReport | None:
-    """`weight += scale · B A` in place, tile by tile, rounded once from fp32 (fp64 for an fp64 weight).
+    """`weight = c ⊙ (weight + scale · B A)` in place, by tiles, rounded once from fp32 (fp64 for an fp64 weight).
 
     Args:
         weight: `[N, K]` bf16, fp16, fp32 or fp64; any strides; changed in place, its storage stays.
         lora_a, lora_b: `[R, K]` and `[N, R]`.
         rounding: "nearest", or "stochastic": up or down with the probability that makes the expectation exact.
         seed: of stochastic rounding; the same seed gives the same weight again.
+        first_row: where weight and lora_b are some rows of a larger matrix, the number of the first: they are rounded
+            with the draws that they have there.
         report: also measure what the weight's dtype kept of the update.
+        c: `[N]`, a factor of each row; None for 1.
 
     Raises:
         ValueError: shapes that do not fit, a dtype that is not floating point, an unknown rounding.
     """
-    check_merge(weight, lora_a, lora_b, rounding)
+    check_merge(weight, lora_a, lora_b, rounding, c)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    a, b, key = lora_a.detach().to(wide), lora_b.detach().to(wide), as_seed(seed, weight.device)
+    dropped = DROPPED_BITS.get(weight.dtype, 0) if rounding == "stochastic" else 0
+
+    def fold(rows: slice) -> tuple[Tensor, ...]:
+        tile = weight.detach()[rows]
+        before = tile.to(wide, copy=True)
+        target = torch.addmm(before, b[rows], a, alpha=scale)
+        if c is not None:
+            target *= c.detach()[rows, None].to(wide)
+        gated = target - before if report and c is not None else None
+        tile.copy_(_round_stochastic_(target, dropped, key, first_row + rows.start) if dropped else target)
+        if not report:
+            return ()
+        delta = torch.mm(b[rows], a).mul_(scale) if gated is None else gated
+        change = target.copy_(tile).sub_(before)
+        along, delta_sq = _inner(change, delta), _inner(delta, delta)
+        return along, delta_sq, _inner(change.sub_(delta), change)
+
     n, k = weight.shape
-    a = lora_a.detach().to(wide)
-    key = as_seed(seed, weight.device)
-    along = error_sq = delta_sq = torch.zeros((), dtype=torch.float64, device=weight.device)
+    step = max(1, TILE_ELEMENTS // max(k, 1))
     with torch.no_grad():
-        tile_rows = max(1, TILE_ELEMENTS // max(k, 1))
-        for first in range(0, n, tile_rows):
-            tile = weight[first : first + tile_rows]
-            b = lora_b.detach()[first : first + tile_rows].to(wide)
-            target = torch.addmm(tile.to(wide), b, a, alpha=scale)
-            before = tile.clone() if report else None
-            if rounding == "stochastic" and weight.dtype in DROPPED_BITS:
-                tile.copy_(_round_stochastic(target, weight.dtype, key, first))
-            else:
-                tile.copy_(target)
-            if before is not None:
-                delta = torch.mm(b, a).mul_(scale)
-                change = tile.to(wide) - before.to(wide)
-                along = along + _inner(change, delta)
-                delta_sq = delta_sq + _inner(delta, delta)
-                error_sq = error_sq + _inner(change.sub_(delta), change)
+        sums = [fold(slice(first, min(first + step, n))) for first in range(0, n, step)]
     if not report:
         return None
-    return fold_report(along, delta_sq, error_sq)
+    return fold_report(*(torch.stack(part).sum() for part in zip(*sums, strict=True))) if sums else FoldReport(1.0, 0.0)
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
@@ -219,15 +238,14 @@ def fold_report(along: Tensor, delta_sq: Tensor, error_sq: Tensor) -> FoldReport
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of fp32's mantissa
 
 
-def _round_stochastic(value: Tensor, dtype: torch.dtype, seed: Tensor, first_row: int) -> Tensor:
-    """Round fp32 `[rows, K]` to a neighbour in `dtype`, away from zero with probability distance / spacing.
+def _round_stochastic_(value: Tensor, dropped: int, seed: Tensor, first_row: int) -> Tensor:
+    """Round fp32 `[rows, K]`, in place, to what is left of it without its last `dropped` bits, away from zero with
+    probability distance / spacing.
 
-    A draw is added to the bits that `dtype` has no room for, and what is left of them is cut off: the carry is the
-    rounding. Below fp16's smallest normal number, 6.1e-5, the conversion itself rounds to nearest. `value` is
-    overwritten.
+    A draw is added to the bits that there is no room for, and what is left of them is cut off: the carry is the
+    rounding. Below fp16's smallest normal number, 6.1e-5, the conversion that follows rounds to nearest.
     """
-    dropped = DROPPED_BITS[dtype]
     draw = draws(seed, value.shape[0], value.shape[1], first_row=first_row)  # less 2**15, which the second sum adds
     bits = value.view(torch.int32).add_(draw >> 16 - dropped if dropped < 16 else draw)
     bits.add_(1 << dropped - 1).bitwise_and_(-(1 << dropped))
-    return value.to(dtype)
+    return value

@@ -274,7 +274,7 @@ def run_output_grads(
         BR=br,
         **config,
     )
-    return _sum(ds_parts, scale, ds), _sum(db_parts, scale, db)
+    return add_parts(ds_parts, scale, ds), add_parts(db_parts, scale, db)
 
 
 def launch_factor_grad(ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -308,10 +308,11 @@ def run_factor_grad(
         BR=br,
         **config,
     )
-    return _sum(parts, inverse_keep(dropout), da)
+    return add_parts(parts, inverse_keep(dropout), da)
 
 
-def _sum(parts: Tensor, scale: float, out: Tensor) -> Tensor:
+def add_parts(parts: Tensor, scale: float, out: Tensor) -> Tensor:
+    """out = scale · the sum of parts [parts, ...] over its first dimension, in a fixed order."""
     count = out.numel()
     _sum_kernel[(cdiv(count, SUM_CONFIG["BC"]),)](parts, out, parts.shape[0], count, scale, **SUM_CONFIG)
     return out

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, step_time
+from benchmarks import four_bit, harness, linears
 from benchmarks.__main__ import main
 from benchmarks.registry import SUITES
 from benchmarks.report import fill
 from cola_kernels import lora_linear
 
 README = """# Title
-<!-- benchmark:step_time-layer -->
+<!-- benchmark:linears-block -->
 old
 <!-- end -->
 between
-<!-- benchmark:step_time-step -->
+<!-- benchmark:linears-shapes -->
 <!-- end -->
 """
 
@@ -66,50 +66,46 @@ def test_a_wrong_op_gets_no_numbers(
     op: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("cola_fast.grouping.lora_linear", op)
-    assert main(["run", "step_time", "--quick", "--out", str(tmp_path / "out.json")]) == 1
+    assert main(["run", "linears", "--quick", "--out", str(tmp_path / "out.json")]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "No numbers" in printed.err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dropout", step_time.DROPOUTS)
-@pytest.mark.parametrize("dtype", step_time.DTYPES)
+@pytest.mark.parametrize("dropout", linears.DROPOUTS)
+@pytest.mark.parametrize("dtype", linears.DTYPES)
 def test_every_side_of_the_layer_passes_the_gate(dtype: str, dropout: float) -> None:
-    case = step_time.Case.draw((48, 40), 2 * step_time.ROW, step_time.DTYPES[dtype])
-    sides = step_time._sides(case, dropout)
+    case = linears.Case.draw((48, 40), 2 * linears.ROW, linears.DTYPES[dtype])
+    sides = linears._sides(case, dropout)
     assert len(sides) == (3 if dtype == "bf16" else 2)
     for name, side in sides.items():
-        assert max(step_time.check(name, side, case).values()) <= 1
+        assert max(linears.check(name, side, case).values()) <= 1
 
 
 def test_the_gate_sees_another_dropout_mask() -> None:
-    case = step_time.Case.draw((48, 40), 2 * step_time.ROW, torch.float32)
-    side = step_time.ours(case, 0.05)
+    case = linears.Case.draw((48, 40), 2 * linears.ROW, torch.float32)
+    side = linears.ours(case, 0.05)
     with pytest.raises(harness.ParityError):
-        step_time.check("ours", replace(side, noise=torch.ones_like), case)
+        linears.check("ours", replace(side, noise=torch.ones_like), case)
 
 
 # --- the README -------------------------------------------------------------------------------------------------------
 
 
 def _result(quick: bool = False) -> dict[str, Any]:
-    layer = [
-        {"dtype": dtype, "dropout": 0.0, "tokens": 512, "shape": shape}
+    rows = [
+        {"case": f"{dtype} {shape}", "dtype": dtype, "dropout": 0.0, "tokens": 512, "shape": shape}
         | harness.summarise(
             {"frozen": [1e-3, 1e-3], "ours": [2e-3, 2e-3], "peft": [4e-3, 4e-3]}
             | ({"peft_bf16": [3e-3, 3e-3]} if dtype == "bf16" else {}),
             "ours",
         )
-        for dtype in step_time.DTYPES
-        for shape in step_time.SHAPES
+        for dtype in linears.DTYPES
+        for shape in linears.SHAPES
     ]
-    losses = {"ours": [2.0, 1.0], "theirs": [2.0, 1.0], "difference": 1e-6, "allowed": 1e-4}
-    step = {"dtype": "bfloat16", "attention": "sdpa", "tokens_per_step": 400.0, "timed_steps": 5}
-    step |= {"parity": {"fp32": losses, "bf16": losses}}
-    step |= harness.summarise({"ours": [1.0, 1.0], "ours_all_logits": [1.25, 1.25], "peft": [2.0, 2.0]}, "ours")
     environment = harness.environment()
-    return {"suite": "step_time", "quick": quick, "environment": environment, "layer": layer, "step": step}
+    return {"suite": "linears", "quick": quick, "environment": environment, "rows": rows}
 
 
 def test_report_writes_the_readme_from_the_results_alone(
@@ -117,18 +113,18 @@ def test_report_writes_the_readme_from_the_results_alone(
 ) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     result = _result()
-    harness.write_result(harness.result_path("step_time", result["environment"]), result)
+    harness.write_result(harness.result_path("linears", result["environment"]), result)
     readme = tmp_path / "README.md"
     readme.write_text(README)
-    assert main(["report", "--readme", str(readme)]) == 0
+    assert main(["report", "--into", str(readme), "--page", str(tmp_path / "page.html")]) == 0
     once = readme.read_text()
     assert "old" not in once
-    assert "| transformers Trainer + PEFT | 2.000 (2.000 to 2.000) | 200 | **0.50 (0.50 to 0.50)** |" in once
+    assert "| bf16, dropout 0, M = 512: down | 576 x 1536 | 1.00 | 2.00 | 4.00 | 0.50 (0.50 to 0.50) |" in once
     assert "7.00 | 14.00 | 28.00 | 2.00 (2.00 to 2.00) | **0.50 (0.50 to 0.50)** | 0.50" in once  # seven linears
     assert "not for publication" not in once
-    assert main(["report", "--readme", str(readme)]) == 0
+    assert main(["report", "--into", str(readme), "--page", str(tmp_path / "page.html")]) == 0
     assert readme.read_text() == once
-    assert "<!-- benchmark:step_time-shapes -->" in capsys.readouterr().out
+    assert "<!-- benchmark:linears-shapes -->" in capsys.readouterr().out
 
 
 def test_a_second_device_adds_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -136,32 +132,62 @@ def test_a_second_device_adds_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path:
     for device in ("One", "Two"):
         result = _result()
         result["environment"]["device"] = device
-        harness.write_result(harness.result_path("step_time", result["environment"]), result)
+        harness.write_result(harness.result_path("linears", result["environment"]), result)
     (tmp_path / "README.md").write_text(README)
-    assert main(["report", "--readme", str(tmp_path / "README.md")]) == 0
+    assert main(["report", "--into", str(tmp_path / "README.md"), "--page", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "README.md").read_text()
     assert text.count("One, ") == text.count("Two, ") == 2
 
 
-def test_a_table_without_a_result_leaves_the_readme_alone(
+def test_a_suite_without_a_result_says_that_it_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "none")
+    (tmp_path / "README.md").write_text(README)
+    assert main(["report", "--into", str(tmp_path / "README.md"), "--page", str(tmp_path / "page.html")]) == 0
+    said = "Not measured yet: `python -m benchmarks run linears`."
+    assert (tmp_path / "README.md").read_text().count(said) == 2
+    assert (tmp_path / "page.html").read_text().count("Not measured.") == len(SUITES)
+
+
+def test_a_table_that_no_suite_makes_leaves_the_readme_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "none")
-    (tmp_path / "README.md").write_text(README)
-    assert main(["report", "--readme", str(tmp_path / "README.md")]) == 1
-    assert (tmp_path / "README.md").read_text() == README
-    assert "step_time-layer" in capsys.readouterr().err
+    unknown = README.replace("linears-block", "lines-block")
+    (tmp_path / "README.md").write_text(unknown)
+    assert main(["report", "--into", str(tmp_path / "README.md"), "--page", str(tmp_path / "page.html")]) == 1
+    assert (tmp_path / "README.md").read_text() == unknown
+    assert not (tmp_path / "page.html").exists()
+    assert "lines-block" in capsys.readouterr().err
 
 
 def test_fill_touches_only_what_is_between_the_markers() -> None:
-    blocks = {"step_time-layer": "| a |", "step_time-step": "| b |\n\nnote"}
+    blocks = {"linears-block": "| a |", "linears-shapes": "| b |\n\nnote"}
     filled = fill(README, blocks)
     assert filled == (
-        "# Title\n<!-- benchmark:step_time-layer -->\n| a |\n<!-- end -->\nbetween\n"
-        "<!-- benchmark:step_time-step -->\n| b |\n\nnote\n<!-- end -->\n"
+        "# Title\n<!-- benchmark:linears-block -->\n| a |\n<!-- end -->\nbetween\n"
+        "<!-- benchmark:linears-shapes -->\n| b |\n\nnote\n<!-- end -->\n"
     )
     assert fill(filled, blocks) == filled
 
 
 def test_a_quick_run_says_so() -> None:
-    assert "not for publication" in step_time.tables(_result(quick=True))["step_time-step"]
+    assert "not for publication" in linears.tables(_result(quick=True))["linears-shapes"]
+
+
+def test_a_gain_is_what_a_chain_has_taken_off_the_loss_of_the_base() -> None:
+    def scored(before: float, after: float) -> dict[str, Any]:
+        return {
+            "before": {"loss": before, "accuracy": 0.5},
+            "after": {"loss": after, "accuracy": 0.5},
+        }
+
+    runs = [
+        {"links": links, "arm": arm, "seed": 0, "knots": [scored(2.0, after)] * (3 if links == four_bit.SHORT else 1)}
+        for links in (four_bit.SHORT, four_bit.LONG)
+        for arm, after in (("ledger", 2.0), ("in place", 2.5), (four_bit.PEFT, 6.0))
+    ]
+    result = {"base": {"loss": 7.0}, "runs": runs, "quick": False, "environment": harness.environment()}
+    tables = four_bit.tables(result)
+    assert "| in place, knot 3 | 2.000 | 2.500 | 0.500 | 0.900 |" in tables["four_bit-knots"]
+    assert "PEFT merge_and_unload, knot 1 | 2.000 | 6.000 | 0.500 | 0.200 |" in tables["four_bit-knots"]
+    assert "| in place | 2.500 | 0.500 | 0.900 |" in tables["four_bit-chain"]

@@ -1,16 +1,23 @@
-"""What the tests of grouped layers share."""
+"""What several tests share: ways to run a group of layers, and a worker whose trainings can be killed."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cola_kernels.autograd
 from cola_fast import grouping
 from cola_kernels import small
+
+from ..conftest import tiny_llama
 
 
 @pytest.fixture(params=["fused", "plain"])
@@ -46,3 +53,75 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer, alone or not, draws the same mask from the same shape: so that both can be compared."""
     monkeypatch.setattr(cola_kernels.autograd, "as_seed", lambda seed, device: torch.tensor(7, device=device))
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[Callable[..., dict[str, Any]]]:
+    command = [sys.executable, "-m", "tests.cola.crash_worker"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(config: str, **keys: Any) -> dict[str, Any]:
+            print(json.dumps({"config": config, **keys}), file=process.stdin, flush=True)
+            answer: dict[str, Any] = json.loads(process.stdout.readline())
+            return answer
+
+        yield run
+        process.stdin.close()
+
+
+def sealed(run: Path) -> list[str]:
+    record = json.loads((run / "chain.json").read_text())
+    return [link["sha256"]["adapter_model.safetensors"] for link in record["links"]]
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], int]:
+    """Count the calls of a function that accelerate_peft's layers fuse."""
+    from cola_fast import fused_peft
+
+    calls: list[int] = []
+    op = fused_peft.lora_linear
+    monkeypatch.setattr(fused_peft, "lora_linear", lambda *args, **keys: calls.append(1) or op(*args, **keys))
+
+    def count(function: Callable[[], Any]) -> int:
+        calls.clear()
+        function()
+        return len(calls)
+
+    return count
+
+
+@pytest.fixture(scope="session")
+def load_nf4(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., nn.Module]:
+    """A random Llama with biases in 4 bits, as transformers and bitsandbytes load it."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder: Path = tmp_path_factory.mktemp("biased") / "llama"
+    tiny_llama(hidden_size=64, intermediate_size=128, attention_bias=True).save_pretrained(folder)
+
+    def load(
+        dtype: torch.dtype = torch.float32,
+        *,
+        compute: Any = None,
+        kind: str = "nf4",
+        double: bool = True,
+        repacks: bool = False,
+    ) -> nn.Module:
+        """repacks: leave bitsandbytes its way of running in eval mode on a CPU."""
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=compute or dtype,
+        )  # fmt: skip
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, quantization_config=settings, device_map={"": "cpu"}
+        )
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = repacks
+        return model
+
+    return load

@@ -11,11 +11,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from cola_fast import UserError, attach, load_chain
+from cola_fast import ChainCallback, UserError, attach, load_chain
 from cola_fast.adapters import cut_to_rank, read_adapter, vllm_notes
 from cola_fast.peft_format import Factors
 
 from ..conftest import disturb, snapshot, tiny_llama
+from .trainer_runs import CHAT_TEMPLATE, COMMON
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]},
@@ -200,6 +201,45 @@ def test_the_best_adapter_of_a_rank(rank: int, tmp_path: Path) -> None:
     PeftModel.from_pretrained(tiny_llama(), tmp_path / "cut")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_four_links_trained_by_trl(base: str, load_nf4: Any, tiny_folder: Path, ids: Tensor, tmp_path: Path) -> None:
+    """A real chain on chat data; its export in PEFT, and as vLLM reads adapters: one alpha / r, ranks up to a limit."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    load = load_nf4 if base == "nf4" else lambda: tiny_llama()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    chats = [
+        [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": f"w{i + 2}"}]
+        for i in range(16)
+    ]
+    model = load()
+    start = logits(model.train(), ids)
+    chain = attach(model, r=3, targets=["q_proj", "v_proj", "down_proj"])
+    arguments = {**COMMON, "max_steps": 8, "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no"}
+    SFTTrainer(
+        model=model, args=SFTConfig(str(tmp_path / "run"), bf16=False, **arguments), processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"messages": chats}), callbacks=[ChainCallback(chain, links=4)],
+    ).train()  # fmt: skip
+    assert len({link.sha256 for link in chain.links}) == 4
+    live = logits(model.eval(), ids)
+    assert float((live - start).norm() / start.norm()) > 0.02
+    exported = chain.export_adapter(tmp_path / "adapter")
+    assert (exported.rank, exported.notes) == (12, ["vLLM loads it with --enable-lora --max-lora-rank 16"])
+    close(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter").eval(), ids), live)
+
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert not any(settings.get(key) for key in ("modules_to_save", "use_dora", "use_rslora", "lora_bias"))
+    assert settings["bias"] == "none"
+    assert settings["r"] <= 16
+    for name, f in read_adapter(tmp_path / "adapter").items():
+        assert f.rank <= 16
+        assert f.scale == settings["lora_alpha"] / settings["r"], name
+
+
 def test_no_matrix_of_the_weights_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 65,536 x 65,536 update would need 32 GiB; and a module with a zero update loses nothing."""
     f = Factors(torch.randn(6, 1 << 16), torch.randn(1 << 16, 6), 6.0)
@@ -230,6 +270,8 @@ def test_the_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "says"),
     [
+        ([1], "--max-lora-rank 1"),
+        ([2], "--max-lora-rank 8"),
         ([8], "--max-lora-rank 8"),
         ([9], "--max-lora-rank 16"),
         ([4, 300], "--max-lora-rank 320"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from cola_fast.report import dry_run, export_run, score_run
 from cola_fast.trainer import train
 
 from ..conftest import disturb, tiny_llama
+from .three import separate, zero_grad
 
 pytest.importorskip("bitsandbytes")
 DTYPES = ["fp32", "bf16"]
@@ -123,6 +125,32 @@ def test_gradients_beside_a_ledger(load: Callable[..., nn.Module]) -> None:
     ):
         assert found is not None
         assert relative(found.double(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.usefixtures("one_seed")
+def test_layers_with_a_ledger_run_as_groups(
+    load: Callable[..., nn.Module], ids: Tensor, launches: list[int], dropout: float
+) -> None:
+    model = load().train()
+    chain = attach(model, targets="all-linear", r=2, dropout=dropout)
+    for k in range(2):
+        disturb(chain, seed=k)
+        chain.tie()
+        chain.extend(3)
+    disturb(chain, seed=7)
+    found = []
+    for each in (model, separate(copy.deepcopy(model))):
+        for _ in range(2):
+            launches.clear()
+            zero_grad(each)
+            each(ids, labels=ids).loss.backward()
+        found.append((list(launches), [p.grad for p in each.parameters() if p.grad is not None]))
+    (together, grads), (alone, exact) = found
+    assert together == [3, 1, 2, 1] * 2
+    assert alone == [1] * 14
+    for one, other in zip(grads, exact, strict=True):
+        assert relative(one.double(), other.double()) < 1e-5
 
 
 def test_a_tie_into_nf4_rewrites_codes_only(load: Callable[..., nn.Module], tmp_path: Path) -> None:
@@ -270,13 +298,64 @@ def _not_yet_quantised() -> nn.Module:
     return bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
 
 
+def _partial_block() -> nn.Module:
+    import bitsandbytes as bnb
+
+    return bnb.nn.Linear4bit(96, 64, bias=False, quant_type="nf4").to("cpu")
+
+
+def _lost_state() -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu")
+    layer.weight.quant_state = None
+    return layer
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
-    [(_fp4, "quantised to fp4"), (_int8, "16 or 4 bits"), (_not_yet_quantised, "without a quant_state")],
+    [
+        (_fp4, "quantised to fp4"),
+        (_int8, "16 or 4 bits"),
+        (_not_yet_quantised, "without a quant_state"),
+        (_lost_state, "without a quant_state"),
+        (_partial_block, r"shape \[64, 96\] in blocks of 64.*K a multiple of the block"),
+    ],
 )
 def test_other_quantised_layers(make: Callable[[], nn.Module], sentence: str) -> None:
+    layer = make()
+    before = layer.weight.detach().clone()
     with pytest.raises(UserError, match=sentence):
-        attach(nn.Sequential(make()), targets="0", r=2)
+        attach(nn.Sequential(layer), targets="0", r=2)
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda record: record.pop("seed"), "does not say the chain's seed"),
+        (lambda record: record.update(seed=None), "does not say the chain's seed"),
+        (lambda record: record.update(base_kind="ledger"), "link 0 that was tied into a base of kind nf4.* is ledger"),
+        (lambda record: record["links"][0].update(base_kind="ledger"), "base of kind ledger.* is nf4"),
+    ],
+    ids=["no seed", "null seed", "another base", "another link"],
+)
+def test_what_a_replay_needs(
+    load: Callable[..., nn.Module], tmp_path: Path, change: Callable[[dict[str, Any]], Any], sentence: str
+) -> None:
+    chain = attach(load(), targets="all-linear", r=2, base="nf4")
+    disturb(chain)
+    chain.tie()
+    chain.save(tmp_path / "run")
+    file = tmp_path / "run" / "chain.json"
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+    model = load()
+    before = [m.weight.detach().clone() for m in model.modules() if isinstance(m, nn.Linear)]
+    with pytest.raises(UserError, match=sentence):
+        load_chain(model, tmp_path / "run")
+    assert same(before, [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear)])
 
 
 def test_another_base_kind_or_another_quantisation(load: Callable[..., nn.Module], tmp_path: Path) -> None:

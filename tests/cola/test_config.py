@@ -85,6 +85,7 @@ def test_labels_may_be_numbers_or_truth_values() -> None:
         ("model.name=", r"model.name is None"),
         ("data.train=''", r"data.train is missing"),
         ("steps", r"'steps' is not an override: write key=value"),
+        ("data.template={text} It was", r"is not valid YAML .* put the value in quotes"),
     ],
 )
 def test_bad_values_are_one_clear_sentence(override: str, sentence: str) -> None:

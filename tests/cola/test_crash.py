@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ..conftest import snapshot
+from .conftest import sealed
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Callable[..., dict[str, Any]]]:
-    command = [sys.executable, "-m", "tests.cola.crash_worker"]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def run(config: str, **keys: Any) -> dict[str, Any]:
-            print(json.dumps({"config": config, **keys}), file=process.stdin, flush=True)
-            answer: dict[str, Any] = json.loads(process.stdout.readline())
-            return answer
-
-        yield run
-        process.stdin.close()
-
-
-def sealed(run: Path) -> list[str]:
-    record = json.loads((run / "chain.json").read_text())
-    return [link["sha256"]["adapter_model.safetensors"] for link in record["links"]]
 
 
 def finish(worker: Callable[..., dict[str, Any]], config: str) -> None:
@@ -59,8 +35,8 @@ def test_killed_at_every_sub_step(
     assert whole["code"] == 0
     expected = sealed(tmp_path / "whole")
     assert len(expected) == 2
-    assert whole["operations"] > 50
-    for n in range(whole["operations"]):
+    assert whole["operations"][0] > 50
+    for n in range(whole["operations"][0]):
         run = tmp_path / f"killed-{n}"
         config = config_file(out=str(run))
         assert worker(config, kill_at_operation=n)["killed"], f"operation {n} was not reached"
@@ -110,7 +86,7 @@ def test_interrupted_and_resumed_at_each_step(
     keys = {**chosen, "schedule__links": 2, "schedule__steps": 4}
     whole = worker(config_file(out=str(tmp_path / "whole"), **keys))
     assert whole["code"] == 0
-    for n in range(20, whole["operations"], 7):
+    for n in range(20, whole["operations"][0], 7):
         run = tmp_path / f"killed-{n}"
         config = config_file(out=str(run))
         worker(config, kill_at_operation=n)
@@ -127,7 +103,7 @@ def test_killed_on_a_4_bit_base(
     keys = {"model__name": str(wide_folder), "model__load_in_4bit": True, "chain__base": base, "schedule__links": 2}
     whole = worker(config_file(out=str(tmp_path / "whole"), schedule__steps=4, **keys))
     assert whole["code"] == 0
-    for n in range(20, whole["operations"], 5):
+    for n in range(20, whole["operations"][0], 5):
         run = tmp_path / f"killed-{n}"
         config = config_file(out=str(run))
         assert worker(config, kill_at_operation=n)["killed"]

@@ -61,14 +61,20 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "ledger"), [*((name, 0) for name in ARCHITECTURES), ("llama", 2)], ids=[*ARCHITECTURES, "llama-ledger"]
+)
 @pytest.mark.usefixtures("one_seed")
 def test_a_model_computes_what_its_layers_compute_alone(
-    name: str, dropout: float, ids: Tensor, launches: list[int]
+    name: str, ledger: int, dropout: float, ids: Tensor, launches: list[int]
 ) -> None:
     make, grouped_launches = ARCHITECTURES[name]
     model, targets = make()
-    chain = attach(model, targets=targets, dropout=dropout)
+    chain = attach(model, targets=targets, dropout=dropout, base="ledger")
+    for link in range(ledger):
+        disturb(chain, seed=2 + link)
+        chain.tie()
+        chain.extend()
     disturb(chain)
     models = {
         "grouped": model.train(),
@@ -189,6 +195,18 @@ def test_a_group_forms_only_when_no_forward_waits(launches: list[int]) -> None:
     first.backward()
     net(x)
     assert launches == [1] * 12 + [3]
+
+
+def test_a_held_group_stays_as_it_is(launches: list[int]) -> None:
+    """What the passes of one step do must not depend on how many of them this process makes."""
+    net, x = Three(), torch.ones(1, 6, dtype=torch.float64)
+    net(x)
+    net.q.grouping.held = True
+    net(x)
+    assert launches == [1] * 6
+    net.q.grouping.held = False
+    net(x)
+    assert launches == [1] * 6 + [3]
 
 
 def test_a_group_dissolves_only_when_no_forward_waits(launches: list[int]) -> None:

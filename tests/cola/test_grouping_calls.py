@@ -273,8 +273,8 @@ def replicate(net: Three) -> Any:
     for name in "qkv":
         layer = getattr(net, name)
         replica._modules[name] = layer._replicate_for_data_parallel()
-        for key, parameter in layer.named_parameters():
-            setattr(replica._modules[name], key, parameter * 1)
+        for key, parameter in layer._parameters.items():
+            setattr(replica._modules[name], key, None if parameter is None else parameter * 1)
     return replica
 
 

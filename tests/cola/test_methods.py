@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cola_fast import Chain, UserError, attach, config, load_chain, trainer
-from cola_fast.config import Config
+from cola_fast.config import Config, ModelConfig
 from cola_fast.layer import LoRALinear
-from cola_fast.methods import GRADIENT, INIT, METHODS, SLOTS, STATE, Pair, Site, table
+from cola_fast.methods import AFTER_STEP, GRADIENT, INIT, METHODS, PERTURB, SLOTS, STATE, Pair, Site, Step, table
+from cola_fast.models import load_model
 from cola_fast.optimizer import load_state, make_optimizer, set_lr
 from cola_fast.record import load_state as saved_state
 
@@ -23,6 +25,8 @@ from ..conftest import tiny_llama
 from .test_chain import logits, relative
 
 ALL = pytest.mark.parametrize("name", METHODS)
+SLOW_LEARNERS = ("adalora", "rac-lora", "ffa-lora", "lora-pro", "xgblora")
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # `wide_folder`, from which the 4-bit model is loaded
 
 
 def configured(*names: str, **chain: Any) -> Config:
@@ -30,29 +34,71 @@ def configured(*names: str, **chain: Any) -> Config:
     return config.from_dict({**raw, "chain": {"method": list(names), "targets": "all-linear", **chain}})
 
 
+def corrects(name: str) -> bool:
+    """Whether the method is for 4-bit models only, whose function it changes on purpose."""
+    return METHODS[name].defaults.get("chain", {}).get("init") == "loftq"
+
+
+@pytest.fixture
+def fresh(wide_folder: Path) -> Callable[..., nn.Module]:
+    """A base model of the kind that the method is for."""
+
+    def load(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+        if not corrects(name):
+            return tiny_llama(dtype=dtype)
+        pytest.importorskip("bitsandbytes")
+        key = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        return load_model(ModelConfig(name=str(wide_folder), dtype=key, device="cpu", load_in_4bit=True))
+
+    return load
+
+
+def looked_at() -> list[dict[str, Tensor]]:
+    """Batches for the inits that start from data: the second one padded."""
+    ids = torch.randint(2, 64, (2, 3, 12), generator=torch.Generator().manual_seed(9))
+    mask = torch.ones_like(ids[1])
+    mask[:, 8:] = 0
+    padded = {"input_ids": ids[1], "labels": ids[1].masked_fill(mask == 0, -100), "attention_mask": mask}
+    return [{"input_ids": ids[0], "labels": ids[0]}, padded]
+
+
 def chain_of(model: nn.Module, made: Config, **keys: Any) -> Chain:
     c = made.chain
     return attach(
         model, r=min(c.r, 3), alpha=4, targets=c.targets, init=c.init, scaling=c.scaling, frozen=c.frozen,
-        share=c.share, carry=c.carry, **keys,
+        share=c.share, carry=c.carry, gate=c.gate, batches=looked_at(), original=tiny_llama(**WIDE), **keys,
     )  # fmt: skip
+
+
+def run_config(name: str, raw: dict[str, Any], wide_folder: Path) -> None:
+    """A run of the method on the kind of model that it is for."""
+    del raw["schedule"]["links"]
+    raw["chain"] = {"method": name, "targets": "all-linear", "alpha": 4, "r": 1 if name == "xgblora" else 4}
+    if corrects(name):
+        raw["model"] |= {"name": str(wide_folder), "load_in_4bit": True}
 
 
 def pretend_to_train(chain: Chain, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in chain.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.03)
+        for name, parameter in chain.named_parameters():
+            size = 1.0 if name.endswith("lora_e") else 0.03  # AdaLoRA's start at 0, with small factors
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
 
 
 # --- shared by all ----------------------------------------------------------------------------------------------------
 
 
 @ALL
-def test_links_open_and_tie_without_changing_the_function(name: str, ids: Tensor) -> None:
-    model = tiny_llama()
+def test_links_open_and_tie_without_changing_the_function(
+    name: str, ids: Tensor, fresh: Callable[..., nn.Module]
+) -> None:
+    model = fresh(name)
     before = base = logits(model, ids)
     chain = chain_of(model, configured(name))
+    if corrects(name):
+        goal, before = logits(tiny_llama(**WIDE), ids), logits(model, ids)
+        assert relative(before, goal) < relative(base, goal)
     for link in range(3):
         assert relative(logits(model, ids), before) < 1e-5, f"link {link} changed the function when it was opened"
         pretend_to_train(chain, link)
@@ -64,11 +110,13 @@ def test_links_open_and_tie_without_changing_the_function(name: str, ids: Tensor
 
 
 @ALL
-def test_the_exported_adapter_is_the_live_model(name: str, ids: Tensor, tmp_path: Path) -> None:
+def test_the_exported_adapter_is_the_live_model(
+    name: str, ids: Tensor, tmp_path: Path, fresh: Callable[..., nn.Module]
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = tiny_llama()
+    model = fresh(name)
     chain = chain_of(model, configured(name), rank_pattern={"v_proj": 2, "down_proj": 1})
     for link in range(2):
         pretend_to_train(chain, link)
@@ -76,51 +124,58 @@ def test_the_exported_adapter_is_the_live_model(name: str, ids: Tensor, tmp_path
         chain.extend()
     pretend_to_train(chain, 9)
     live = logits(model, ids)
-    chain.export_adapter(tmp_path / "adapter")
-    assert relative(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter"), ids), live) < 1e-5
+    if name == "dora":
+        with pytest.raises(UserError, match=r"has 3 links that scale whole rows .* Use export_merged"):
+            chain.export_adapter(tmp_path / "adapter")
+    else:
+        chain.export_adapter(tmp_path / "adapter")
+        assert relative(logits(PeftModel.from_pretrained(fresh(name), tmp_path / "adapter"), ids), live) < 1e-5
     chain.export_merged(tmp_path / "merged")
     assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), ids), live) < 1e-5
 
 
 @ALL
-def test_a_replay_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+def test_a_replay_gives_the_same_bits(name: str, tmp_path: Path, fresh: Callable[..., nn.Module]) -> None:
     """In bf16, whose stochastic rounding would show a fold done in another order. With the link open, and once tied."""
 
     def weights(chain: Chain) -> list[Tensor]:
-        factors = [tensor for f in chain.live_factors().values() for tensor in (f.a, f.b)]
+        factors = [part for f in chain.live_factors().values() for part in f if isinstance(part, Tensor)]
         return [layer.weight for layer in chain.layers.values()] + factors
 
-    chain = chain_of(tiny_llama(dtype=torch.bfloat16), configured(name))
+    chain = chain_of(fresh(name, torch.bfloat16), configured(name))
     chain.save(tmp_path)
     for link in range(2):
         pretend_to_train(chain, link)
         chain.tie()
-        again = load_chain(tiny_llama(dtype=torch.bfloat16), tmp_path)
+        again = load_chain(fresh(name, torch.bfloat16), tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(weights(chain), weights(again), strict=True))
         chain.extend()
         pretend_to_train(chain, 5 + link)
         chain.save(tmp_path)
-        again = load_chain(tiny_llama(dtype=torch.bfloat16), tmp_path)
+        again = load_chain(fresh(name, torch.bfloat16), tmp_path)
         assert again.settings == chain.settings
         assert all(torch.equal(a, b) for a, b in zip(weights(chain), weights(again), strict=True))
     assert chain.tie().sha256 == again.tie().sha256
 
 
 @ALL
-def test_gradients_are_finite_and_only_the_link_trains(name: str, ids: Tensor) -> None:
-    made, model = configured(name), tiny_llama()
+def test_gradients_are_finite_and_only_the_link_trains(name: str, ids: Tensor, fresh: Callable[..., nn.Module]) -> None:
+    made, model = configured(name), fresh(name)
     chain = chain_of(model, made)
     optimizer = make_optimizer(chain, made.train)
     set_lr(optimizer, 0.01)
     trained = {id(p) for p in chain.parameters()}
-    frozen = {n: p.clone() for n, p in model.named_parameters() if id(p) not in trained}
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) not in trained}
     before = [p.clone() for p in chain.parameters()]
-    for _ in range(3):
-        model(ids, labels=ids).loss.backward()
+    for step in range(3):
+        with PERTURB[made.train.perturb](chain.layers, 0.5, step, made.train) if made.train.perturb else nullcontext():
+            model(ids, labels=ids).loss.backward()
         if made.train.gradient is not None:
-            GRADIENT[made.train.gradient](chain.pairs())
+            GRADIENT[made.train.gradient](chain.pairs(), made.train)
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in chain.parameters())
         optimizer.step()
+        if made.train.after_step is not None:
+            AFTER_STEP[made.train.after_step](chain.pairs(), Step(0.01, 0.05, made.train, optimizer.state))
         optimizer.zero_grad()
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == trained
     assert all(p.grad is None and torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
@@ -130,8 +185,10 @@ def test_gradients_are_finite_and_only_the_link_trains(name: str, ids: Tensor) -
 
 
 @ALL
-def test_detaching_an_untrained_link_gives_the_model_back(name: str, ids: Tensor) -> None:
-    model = tiny_llama()
+def test_detaching_an_untrained_link_gives_the_model_back(
+    name: str, ids: Tensor, fresh: Callable[..., nn.Module]
+) -> None:
+    model = fresh(name)
     before = logits(model, ids)
     chain = chain_of(model, configured(name))
     pretend_to_train(chain, 1)
@@ -139,18 +196,20 @@ def test_detaching_an_untrained_link_gives_the_model_back(name: str, ids: Tensor
         chain.detach()
     chain.detach(discard=True)
     assert relative(logits(model, ids), before) < 1e-5
-    chain_of(model, configured(name)).detach()
+    chain_of(model, configured(name)).detach(discard=corrects(name))  # LoftQ's is a change before it is trained
 
 
 @pytest.mark.slow
 @ALL
-def test_every_method_learns(name: str, config_file: Callable[..., str], raw_config: dict[str, Any]) -> None:
-    """With its own presets, except that ReLoRA's warm-up has to fit into a link of 60 steps, and that the moments it
+def test_every_method_learns(
+    name: str, config_file: Callable[..., str], raw_config: dict[str, Any], wide_folder: Path
+) -> None:
+    """With its own presets, except that ReLoRA's warm-up has to fit into a link of 30 steps, and that the moments it
     keeps diverge at the others' learning rate."""
-    del raw_config["schedule"]["links"]
-    raw_config["chain"] = {"method": name, "targets": "all-linear", "alpha": 4, "r": 1 if name == "xgblora" else 4}
-    keys = {"schedule__rewarm": 20} if name == "relora" else {}
-    path = config_file(schedule__steps=240, schedule__lr=0.001 if name == "relora" else 0.005, **keys)
+    run_config(name, raw_config, wide_folder)
+    keys = {"schedule__rewarm": 10} if name == "relora" else {}
+    steps = 240 if name in SLOW_LEARNERS else 120
+    path = config_file(schedule__steps=steps, schedule__lr=0.001 if name == "relora" else 0.005, **keys)
     result = trainer.train(config.load(path), quiet=True)
     assert result.score is not None
     assert result.score.accuracy is not None
@@ -160,11 +219,12 @@ def test_every_method_learns(name: str, config_file: Callable[..., str], raw_con
 
 @ALL
 def test_a_dry_run_counts_what_will_train(
-    name: str, config_file: Callable[..., str], raw_config: dict[str, Any]
+    name: str, config_file: Callable[..., str], raw_config: dict[str, Any], wide_folder: Path
 ) -> None:
     from cola_fast.report import dry_run
 
-    raw_config["chain"] = {"method": name, "targets": "all-linear", "r": 3}
+    run_config(name, raw_config, wide_folder)
+    raw_config["chain"]["r"] = 3
     made = config.load(config_file(schedule__links=2))
     chain = chain_of(trainer.load_model(made.model), made)
     trained = sum(p.numel() for p in chain.parameters())
@@ -233,9 +293,21 @@ def test_what_cannot_be_combined(overrides: list[str], sentence: str) -> None:
 # --- starts and scales ------------------------------------------------------------------------------------------------
 
 
+def test_a_weight_that_a_start_does_not_need_is_not_read(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have to be dequantised, or gathered from other processes."""
+    read: list[LoRALinear] = []
+    monkeypatch.setattr(LoRALinear, "dense_weight", lambda self: read.append(self) or self.weight.detach())
+    chain = attach(model, r=2)
+    assert not read
+    chain.detach()
+    chain = attach(model, r=2, init="pissa")
+    assert read == list(chain.layers.values())
+
+
 def site(weight: Tensor, rank: int = 3, **keys: Any) -> Site:
     settings = {"frozen": None, "carry": 0.0, "dtype": torch.float64, "previous": lambda: None, **keys}
-    return Site(weight=weight, rank=rank, scale=2.0, generator=torch.Generator().manual_seed(0), **settings)
+    settings |= {"shape": tuple(weight.shape), "read": lambda: weight, "generator": torch.Generator().manual_seed(0)}
+    return Site(rank=rank, scale=2.0, **settings)
 
 
 @pytest.mark.parametrize("shape", [(7, 11), (11, 7)])
@@ -405,7 +477,7 @@ def test_lora_pro_moves_w_as_near_to_its_gradient_as_a_tangent_can(full: bool) -
     pair = Pair(nn.Parameter(a), nn.Parameter(b), s)
     pair.a.grad, pair.b.grad = s * b.t() @ g, s * g @ a.t()
     given = pair.a.grad.clone(), pair.b.grad.clone()
-    GRADIENT["lora-pro"]([pair])
+    GRADIENT["lora-pro"]([pair], configured("lora-pro").train)
     moved = s * (pair.b.grad @ a + b @ pair.a.grad)
     onto_a, onto_b = (m @ torch.linalg.pinv(m) for m in (a.t(), b))
     torch.testing.assert_close(moved, onto_b @ g + g @ onto_a - onto_b @ g @ onto_a)

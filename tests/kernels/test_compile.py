@@ -55,8 +55,8 @@ def test_the_table_holds_every_kernel_and_few_configurations():
     cases = aot.cases()
     assert {c.name for c in cases} == {
         *("project", "output_grads", "factor_grad", "sum", "seed", "gemm", "merge"),
-        *("dequantize", "nf4_codes", "nf4_block"),
+        *("dequantize", "nf4_codes", "nf4_block", "gate_grads"),
     }
     assert len({c.label() for c in cases}) == len(cases)
-    without_rank = {"sum", "dequantize", "nf4_block"}
+    without_rank = {"sum", "dequantize", "nf4_block", "gate_grads"}
     assert {c.name for c in cases if c.odd} == {c.name for c in cases} - without_rank

@@ -46,6 +46,20 @@ def test_adds_the_update_in_place(rounding, dtype, report):
     assert result.error == pytest.approx(float((change - delta).norm() / delta.norm()), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_rows_are_scaled_after_the_update_and_rounded_once(dtype):
+    weight, a, b = make(50, 70, 5, dtype)
+    before, c = weight.double().clone(), torch.linspace(-1.5, 2, 50)
+    result = cola_kernels.merge_(weight, a, b, 0.25, report=True, c=c)
+    exact = c.double()[:, None] * (before + 0.25 * (b.double() @ a.double()))
+    spacing = torch.finfo(dtype).eps * exact.abs().clamp_min(1e-3)
+    halves = 0.5 + 1e-3 if dtype.itemsize == 2 else 1.5  # the sum is rounded, too, to fp32 or fp64
+    assert bool(((weight.double() - exact).abs() <= spacing * halves).all())
+    delta, change = exact - before, weight.double() - before
+    assert result.retained == pytest.approx(float((change * delta).sum() / delta.square().sum()), abs=1e-5)
+    assert result.error == pytest.approx(float((change - delta).norm() / delta.norm()), rel=1e-2, abs=1e-6)
+
+
 def test_nothing_to_add_is_reported_as_kept():
     weight, a, b = make(20, 24, 2, torch.bfloat16)
     expected = weight.clone()
@@ -89,6 +103,16 @@ def test_a_seed_repeats_itself_whatever_the_tile(monkeypatch):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_rows_of_a_weight_are_rounded_as_in_the_whole(dtype):
+    whole, a, b = make(40, 56, 3, dtype)
+    parts = [rows.clone() for rows in whole.split(11)]
+    reference.merge_(whole, a, b, 0.5, rounding="stochastic", seed=9)
+    for i, rows in enumerate(parts):
+        reference.merge_(rows, a, b[11 * i :][: len(rows)], 0.5, rounding="stochastic", seed=9, first_row=11 * i)
+    assert torch.equal(torch.cat(parts), whole)
+
+
 @pytest.mark.parametrize(("rounding", "report"), [("nearest", False), ("stochastic", True)], ids=["least", "most"])
 def test_needs_little_memory_beside_the_weight(rounding, report):
     """The most that is live at once while a 4096 x 4096 weight is merged, as torch's profiler saw it allocated."""
@@ -100,12 +124,15 @@ def test_needs_little_memory_beside_the_weight(rounding, report):
 
 @pytest.mark.parametrize(("dtype", "rounding"), ON_TRITON, ids=str)
 @pytest.mark.parametrize("shape", [(1, 9, 1), (40, 130, 8), (65, 72, 24)], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.usefixtures("on_triton", "poisoned")
-def test_triton_writes_what_the_reference_writes(shape, rounding, dtype):
+def test_triton_writes_what_the_reference_writes(shape, rounding, dtype, gated):
     expected, a, b = make(*shape, dtype, DEVICE)
     got = expected.clone()
-    first = reference.merge_(expected, a, b, 0.25, rounding=rounding, seed=-7, report=True)
-    second = cola_kernels.merge_(got, a, b, 0.25, rounding=rounding, seed=-7, report=True)
+    c = torch.linspace(-1.5, 2, len(expected), device=DEVICE) if gated else None
+    options = {"rounding": rounding, "seed": -7, "first_row": 5, "report": True, "c": c}
+    first = reference.merge_(expected, a, b, 0.25, **options)
+    second = cola_kernels.merge_(got, a, b, 0.25, **options)
     assert torch.equal(got, expected)
     assert second == pytest.approx(first, rel=1e-4, abs=1e-6)
 
@@ -148,3 +175,8 @@ def test_triton_keeps_what_overflows_and_what_is_not_a_number():
 def test_refuses_what_does_not_fit(weight, a, rounding, message):
     with pytest.raises(ValueError, match=message):
         cola_kernels.merge_(weight, a, torch.zeros(4, 2), 1.0, rounding=rounding)
+
+
+def test_refuses_a_gate_of_another_length():
+    with pytest.raises(ValueError, match=r"c has shape \[3\], but weight has 4 rows"):
+        cola_kernels.merge_(torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(4, 2), 1.0, c=torch.ones(3))

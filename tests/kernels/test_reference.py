@@ -58,6 +58,17 @@ def test_gradients_do_not_depend_on_what_is_frozen():
     assert error(a.grad, full["da"]) < 1e-12
 
 
+def test_backward_under_autocast_keeps_the_dtypes_of_forward():
+    """As everybody who writes `loss.backward()` into the autocast block has it."""
+    p = make_problem((4, 16), 96, 64, 8, torch.float32, bias=True, device="cpu")
+    expected = ours(reference.lora_linear, p)
+    x, a, b, bias = leaves(p)
+    y = reference.lora_linear(x, p.weight, a, b, p.scale, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward(p.dy)
+    assert all(torch.equal(leaf.grad, expected[f"d{name}"]) for name, leaf in (("x", x), ("a", a), ("b", b)))
+
+
 def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_leaves():
     p = make_problem(32, 48, 40, 4, torch.float32, bias=True, device="cpu")
     x, a, b, bias = leaves(p)

@@ -1,6 +1,6 @@
-"""How long do a LoRA linear and a whole training step take, beside PEFT and transformers' Trainer?
+"""How long do the LoRA linears of a small model take on a CPU, beside PEFT's?
 
-**Layer**: forward and backward (dX, dA, dB) of the linears of SmolLM2-135M, for four sides:
+Forward and backward (dX, dA, dB) of the linears of SmolLM2-135M, one by one, for four sides:
 
     frozen      the linear alone, forward and dX: the floor, whatever is above it is the price of LoRA
     ours        LoRALinear; fp32 factors, multiplied in the dtype of x
@@ -8,15 +8,13 @@
                 to fp32, multiplies there, and casts the sum back
     peft_bf16   the same with autocast_adapter_dtype=False, under a bf16 base only: bf16 adapters, which the optimizer
                 then updates in bf16. Faster than PEFT's default, and another training
-
-**Step**: see `trainers`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -26,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cola_fast.layer import LoRALinear
-from cola_fast.models import resolve_dtype
 
-from . import harness, trainers
+from . import harness
+from .charts import Bar, Chart
 from .layers import our_noise, peft_layers
 from .registry import Options
-from .report import describe, markdown
+from .report import describe, markdown, spread
 
 RANK, ALPHA, ROW = 8, 16.0, 32  # ROW: tokens of a sequence
 SHAPES = {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)}  # N, K
@@ -41,13 +39,9 @@ TOKENS = (16 * ROW, 128 * ROW)  # M: the demo's batch, and one that fills the ma
 DROPOUTS = (0.0, 0.05)
 SAMPLE_SECONDS = 0.02
 
-# relative, of the loss of each of the first steps: from the second on it tells of the gradients, too. In bf16, rounding
-# turns the sign of small gradients, which is all that Adam's first step looks at.
-TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}
-
 
 def run(options: Options) -> dict[str, Any]:
-    return {"layer": _layers(options.quick), "step": _steps(options.quick)}
+    return {"rows": _layers(options.quick)}
 
 
 # --- layer ------------------------------------------------------------------------------------------------------------
@@ -161,6 +155,7 @@ def _layer(dtype: str, dropout: float, tokens: int, shape: str, *, rounds: int) 
     work |= {name: partial(passes, side, case) for name, side in sides.items()}
     samples = harness.sample(work, rounds=rounds, seconds=SAMPLE_SECONDS)
     return {
+        "case": what,
         "dtype": dtype,
         "dropout": dropout,
         "tokens": tokens,
@@ -170,72 +165,25 @@ def _layer(dtype: str, dropout: float, tokens: int, shape: str, *, rounds: int) 
     }
 
 
-# --- whole step -------------------------------------------------------------------------------------------------------
-
-
-def _steps(quick: bool) -> dict[str, Any]:
-    harness.say("the losses of both trainers")
-    gate_steps = 2 if quick else 4
-    parity = {
-        dtype: _same_losses(trainers.Problem(gate_steps, dtype), tolerance) for dtype, tolerance in TOLERANCES.items()
-    }
-    problem = trainers.Problem(3 if quick else 6, "auto")
-
-    def side(train: Callable[[trainers.Problem], trainers.Times]) -> float:
-        return train(problem).seconds / (problem.steps - 1)
-
-    sides = {"ours": trainers.ours, "ours_all_logits": trainers.ours_all_logits, "peft": trainers.theirs}
-    harness.say("both trainers, timed")
-    samples = harness.interleave(
-        # a run's first step is its warm-up
-        {name: partial(side, train) for name, train in sides.items()},
-        rounds=1 if quick else 7,
-        warmup=0,
-    )
-    return {
-        "dtype": str(resolve_dtype(problem.config.model.dtype, harness.device())).removeprefix("torch."),
-        "attention": problem.attention,
-        "parity": parity,
-        "tokens_per_step": problem.tokens / (problem.steps - 1),
-        "timed_steps": problem.steps - 1,
-        **harness.summarise(samples, "ours"),
-    }
-
-
-def _same_losses(problem: trainers.Problem, tolerance: float) -> dict[str, Any]:
-    """The parity gate for a step, gradients, clipping and optimizer included."""
-    losses = {each.__name__: each(problem, each_loss=True).losses for each in (trainers.ours, trainers.theirs)}
-    worst = harness.require_close("The losses of the first steps", *losses.values(), tolerance=tolerance)
-    return {**losses, "difference": worst, "allowed": tolerance}
-
-
 # --- tables -----------------------------------------------------------------------------------------------------------
-
-NAMES = {
-    "ours": "cola_fast",
-    "ours_all_logits": "cola_fast, made to compute all logits",
-    "peft": "transformers Trainer + PEFT",
-}
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "step_time-layer": f"{_layer_table(result['layer'])}\n\n{_LAYER_NOTE} {describe(result)}",
-        "step_time-shapes": f"{_shape_table(result['layer'])}\n\n{describe(result)}",
-        "step_time-step": f"{_step_table(result['step'])}\n\n{_step_note(result['step'])} {describe(result)}",
+        "linears-block": f"{_block_table(result['rows'])}\n\n{_BLOCK_NOTE} {describe(result)}",
+        "linears-shapes": f"{_shape_table(result['rows'])}\n\n{describe(result)}",
     }
 
 
-_LAYER_NOTE = (
+_BLOCK_NOTE = (
     "Forward and backward of the seven linears of a SmolLM2-135M block, R = 8, fp32 adapters (PEFT's default) on both "
     "sides; last column: PEFT with bf16 adapters. Medians; ratios of interleaved pairs, with quartiles; worst: the "
     "least favourable shape of the four."
 )
 
 
-def _layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _blocks(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]], dict[str, list[float]]]]:
     """A whole block: each round's times of the four shapes, added up as often as a block has them."""
-    lines = []
     for dtype, dropout, tokens in dict.fromkeys((r["dtype"], r["dropout"], r["tokens"]) for r in rows):
         shapes = [r for r in rows if (r["dtype"], r["dropout"], r["tokens"]) == (dtype, dropout, tokens)]
         block = {
@@ -245,20 +193,37 @@ def _layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
             for name in shapes[0]["samples"]
         }
-        against = {name: harness.Spread.of_ratio(block["ours"], block[name]) for name in block if name != "ours"}
+        yield f"{dtype}, dropout {dropout:g}, M = {tokens}", shapes, block
+
+
+def _block_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for name, shapes, block in _blocks(rows):
+        against = {side: harness.Spread.of_ratio(block["ours"], block[side]) for side in block if side != "ours"}
+        ratios = {side: spread(asdict(ratio)) for side, ratio in against.items()}
         worst = max(shapes, key=lambda r: r["ratio"]["peft"]["median"])
         lines.append(
             [
-                f"{dtype}, dropout {dropout:g}, M = {tokens}",
-                *(f"{1e3 * harness.Spread.of(block[name]).median:.2f}" for name in ("frozen", "ours", "peft")),
-                _ratio(against["frozen"]),
-                f"**{_ratio(against['peft'])}**",
+                name,
+                *(f"{1e3 * harness.Spread.of(block[side]).median:.2f}" for side in ("frozen", "ours", "peft")),
+                ratios["frozen"],
+                f"**{ratios['peft']}**",
                 f"{worst['ratio']['peft']['median']:.2f} ({worst['shape']})",
-                _ratio(against["peft_bf16"]) if "peft_bf16" in against else "",
+                ratios.get("peft_bf16", ""),
             ]
         )
     header = ["", "frozen, ms", "ours, ms", "PEFT, ms", "ours / frozen", "ours / PEFT", "worst", "ours / PEFT bf16"]
     return markdown(header, lines)
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    titles = {"ours": "cola_fast", "peft": "PEFT, fp32 adapters", "peft_bf16": "PEFT, bf16 adapters"}
+    rows = []
+    for name, _, block in _blocks(result["rows"]):
+        above = {side: harness.Spread.of_ratio(block[side], block["frozen"]) for side in titles if side in block}
+        rows.append((name, [Bar(titles[side], r.median, r.q1, r.q3) for side, r in above.items()]))
+    title = "The linears of a SmolLM2-135M block, forward and backward"
+    return [Chart(title, "time / the frozen linears' time", rows, floor=(1.0, "the frozen linears alone"))]
 
 
 def _shape_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -267,39 +232,8 @@ def _shape_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{r['dtype']}, dropout {r['dropout']:g}, M = {r['tokens']}: {r['shape']}",
             "{} x {}".format(*SHAPES[r["shape"]]),
             *(f"{1e3 * r['seconds'][name]['median']:.2f}" for name in ("frozen", "ours", "peft")),
-            _ratio(harness.Spread(**r["ratio"]["peft"])),
+            spread(r["ratio"]["peft"]),
         ]
         for r in rows
     ]
     return markdown(["", "N x K", "frozen, ms", "ours, ms", "PEFT, ms", "ours / PEFT"], lines)
-
-
-def _step_table(step: Mapping[str, Any]) -> str:
-    lines = []
-    for name, title in NAMES.items():
-        seconds = harness.Spread(**step["seconds"][name])
-        lines.append(
-            [
-                title,
-                f"{seconds.median:.3f} ({seconds.q1:.3f} to {seconds.q3:.3f})",
-                f"{step['tokens_per_step'] / seconds.median:,.0f}",
-                "" if name == "ours" else f"**{_ratio(harness.Spread(**step['ratio'][name]))}**",
-            ]
-        )
-    return markdown(["", "s / step", "tokens / s", "cola_fast / this"], lines)
-
-
-def _step_note(step: Mapping[str, Any]) -> str:
-    agreed = " and ".join(f"{p['difference']:.0e} in {dtype}" for dtype, p in step["parity"].items())
-    steps = len(step["parity"]["fp32"]["ours"])
-    return (
-        f"SmolLM2-135M on the demo's sentences, {step['dtype']} with fp32 adapters on all linears, "
-        f"{step['attention']} attention, "
-        f"{step['tokens_per_step']:.0f} tokens a step, the same batches, optimizer and clipping in all; "
-        f"{len(step['samples']['ours'])} interleaved runs of {step['timed_steps']} timed steps. Before any timing, the "
-        f"losses of the first {steps} steps agreed to {agreed} (relative)."
-    )
-
-
-def _ratio(spread: harness.Spread) -> str:
-    return f"{spread.median:.2f} ({spread.q1:.2f} to {spread.q3:.2f})"

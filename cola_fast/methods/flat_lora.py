@@ -1,0 +1,60 @@
+"""Flat-LoRA: the loss is taken at weights with a little noise, so that training ends in a flat place of all of W."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .registry import PERTURB, Method, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config import TrainConfig
+    from ..layer import LoRALinear
+
+register(
+    Method(
+        "flat-lora",
+        "arXiv 2409.14396",
+        "the loss at W + sBA + noise, drawn anew each step; a row's norm is sigma times the merged weight's, and sigma "
+        "grows from 0 by a cosine over the run. Ours: it is a term of the forward pass, since a 16-bit weight would "
+        "not come back from adding and subtracting. The value of sigma is unverified",
+        {"train": {"perturb": "flat-lora", "sigma": 0.05}},
+    )
+)
+
+
+@PERTURB.fill("flat-lora")
+@contextmanager
+def flat_lora(layers: Mapping[str, LoRALinear], done: float, seed: int, config: TrainConfig) -> Iterator[None]:
+    """Row i of W' [N, K] gets noise of variance `sigma² |W'_i|² / K`, W' with the open link in it."""
+    from ..link import derive_seed
+    from ..noise import WeightNoise
+
+    sigma = config.sigma * (1 - math.cos(math.pi * done)) / 2
+    hooks = [
+        layer.register_forward_hook(
+            WeightNoise(sigma / layer.in_features**0.5 * _row_norms(layer), derive_seed(seed, name))
+        )
+        for name, layer in layers.items()
+        if sigma > 0 and layer.lora_A is not None
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _row_norms(layer: LoRALinear) -> Tensor:
+    """[N], of W + s B A."""
+    import torch
+
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
+    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    norms: Tensor = torch.addmm(layer.dense_weight().to(a.dtype), b, a, alpha=layer.scale).norm(dim=1)
+    return norms
