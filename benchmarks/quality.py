@@ -186,7 +186,7 @@ def work(settings: Sequence[Setting], folder: Path) -> bool:
 
 def perform(job: Job, folder: Path) -> dict[str, Any]:
     """Train, score. A run that diverges has no loss."""
-    began, setting, arm = time.perf_counter(), job.setting, ARMS[job.arm]
+    setting, arm = job.setting, ARMS[job.arm]
     problem = MODELS[setting.model](setting.task, job.seed, full=arm.full, items=setting.items, extra=setting.extra)
     ranks = gelora_pattern(setting.name, job.arm, problem, folder)
     training = Training(problem, arm, setting.steps, job.lr, job.seed, ranks)
@@ -198,11 +198,10 @@ def perform(job: Job, folder: Path) -> dict[str, Any]:
         scores = None
     record: dict[str, Any] = {"setting": setting.name, "size": _size(setting)}
     record |= {"arm": job.arm, "split": job.split, "lr": job.lr, "seed": job.seed}
-    record |= {"loss": None, "accuracy": None} if scores is None else _summary(scores, items=job.split == "test")
-    return {**record, "seconds": round(time.perf_counter() - began, 1)}
+    return record | ({"loss": None, "accuracy": None} if scores is None else _summary(scores, job.split == "test"))
 
 
-def _summary(scores: Scores, *, items: bool) -> dict[str, Any]:
+def _summary(scores: Scores, items: bool) -> dict[str, Any]:
     n = len(scores.losses)
     found: dict[str, Any] = {"loss": sum(scores.losses) / n, "accuracy": sum(scores.correct) / n}
     if items:

@@ -67,7 +67,7 @@ SUITES = {
     "drop_in": Entry("What does accelerate_peft take off a training step of a PEFT model?", "benchmarks.drop_in"),
     "gelora": Entry("How does the intrinsic dimension change with depth, and which ranks follow?", "benchmarks.gelora"),
     "quality": Entry("Does a chain learn more than LoRA at the same cost?", "benchmarks.quality"),
-    "quality_cost": Entry("What does a step of each arm of `quality` cost?", "benchmarks.quality_cost"),
+    "quality_cost": Entry("What does a step of the arms of `quality` cost?", "benchmarks.quality_cost"),
     "knot": Entry("What does a knot in 4 bits keep?", "benchmarks.knot"),
     "knot_time": Entry("What does a knot in 16 bits cost?", "benchmarks.knot_time"),
     "four_bit": Entry("Does a chain on 4-bit weights keep what its links learn?", "benchmarks.four_bit"),

@@ -30,6 +30,6 @@ def test_the_table_sets_every_arm_beside_lora() -> None:
     row = {"model": "minilm", "seconds": [], "trained": 1000, "peak": 300 * quality_cost.MIB}
     rows = [{**row, "arm": "lora", "step": 0.1, "knot": None}, {**row, "arm": "cola-3", "step": 0.11, "knot": 0.05}]
     result = {"rows": rows, "environment": harness.environment(), "quick": False}
-    table = quality_cost.tables(result)["quality-cost"]
+    table = quality_cost.tables(result)["quality_cost-steps"]
     assert f"| MiniLM, {ARMS['lora'].label} | 1,000 | 100 | 1.00 |  | 300 |" in table
     assert f"| MiniLM, {ARMS['cola-3'].label} | 1,000 | 110 | 1.10 | 50 | 300 |" in table
