@@ -46,7 +46,7 @@ def page(
     parts, links = [], []
     for name, question, results in sections:
         links.append(f'<a href="#{name}">{name}</a>')
-        parts.append(f'<h2 id="{name}">{escape(question)}</h2>')
+        parts.append(f'<h2 id="{name}">{_inline(question)}</h2>')
         if not results:
             parts.append("<p>Not measured.</p>")
         for result, charts, tables in results:
@@ -60,14 +60,15 @@ def page(
         f"<title>cola_fast, measured</title><style>{STYLE}</style></head><body><h1>cola_fast, measured</h1>"
         "<p>Drawn by <code>python -m benchmarks report</code> from <code>benchmarks/results/</code>. Every figure was "
         "measured on the machine named above it; what was not measured says so.</p>"
-        f"<nav>{''.join(links)}</nav>{''.join(parts)}</body></html>\n"
+        f"<nav>{' '.join(links)}</nav>{''.join(parts)}</body></html>\n"
     )
 
 
 def _picture(suite: str, result: Mapping[str, Any]) -> str:
     """What the suite has drawn itself beside its result, if it has."""
-    path = harness.result_path(suite, result["environment"]).with_suffix(".png")
-    if not path.is_file():
+    own = harness.result_path(suite, result["environment"]).with_suffix(".png")
+    path = next((path for path in (own, harness.RESULTS / f"{suite}.png") if path.is_file()), None)
+    if path is None:
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<figure><img alt="{escape(suite)}" src="data:image/png;base64,{data}"></figure>'
