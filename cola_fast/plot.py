@@ -15,6 +15,7 @@ _TRAIN, _EVAL, _ACCURACY, _KNOT = "#9aa5b1", "#1f5fa8", "#c2571a", "#444444"
 def draw(run: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = metrics.read(run)
     train = [r for r in rows if r["event"] == "train"]
@@ -31,8 +32,9 @@ def draw(run: Path) -> Path:
     losses = [r["loss"] for r in (*train, *evals)]
     if losses and min(losses) > 0 and max(losses) > 10 * min(losses):
         axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[0].yaxis.set_major_formatter("{x:g}")
-        axes[0].yaxis.set_minor_formatter("{x:g}")
+        axes[0].yaxis.set_minor_formatter(NullFormatter())
     else:
         axes[0].set_ylim(bottom=0)
     if with_accuracy:
