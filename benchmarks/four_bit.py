@@ -182,10 +182,10 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
             f"demo's task in all; the base's test loss is {base:.3f}; one figure a seed ({seeds}). {describe(result)}"
         )
 
-    return {
-        "four_bit-knots": f"{_knots(chains, base)}\n\n{note(SHORT)}",
-        "four_bit-chain": f"{_long(chains, base)}\n\n{note(LONG)}",
-    }
+    blocks = {"four_bit-knots": f"{_knots(chains, base)}\n\n{note(SHORT)}"}
+    if any(run["links"] == LONG for run in result["runs"]):
+        blocks["four_bit-chain"] = f"{_long(chains, base)}\n\n{note(LONG)}"
+    return blocks
 
 
 Knots = list[Mapping[str, Any]]
