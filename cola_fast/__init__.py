@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .callback import ChainCallback
-    from .chain import Chain, attach, load_chain
+    from .chain import Chain
+    from .construct import attach, load_chain
     from .drop_in import accelerate_peft, restore_peft
     from .errors import UserError
     from .layer import LoRALinear
@@ -37,9 +38,9 @@ _HOMES = {
     "LoRALinear": "layer",
     "UserError": "errors",
     "accelerate_peft": "drop_in",
-    "attach": "chain",
+    "attach": "construct",
     "gelora_ranks": "ranks",
-    "load_chain": "chain",
+    "load_chain": "construct",
     "restore_peft": "drop_in",
     "train": "trainer",
 }

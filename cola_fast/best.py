@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from . import peft_format, store
-from .chain import Chain, load_chain
+from .chain import Chain
+from .construct import load_chain
 from .errors import UserError
 
 FOLDER = "best"

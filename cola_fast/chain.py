@@ -5,13 +5,14 @@ order, into the base checkpoint. So a tie seals first (write, fsync, rename, rec
 a process killed anywhere neither loses a link nor folds one twice.
 
     attach -> [extend -> train -> tie]*        a folder made by `save` holds everything `load_chain` needs
+
+`cola_fast.construct` has the two ways to a chain, `attach` and `load_chain`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,82 +21,20 @@ import torch
 from torch import nn
 
 from . import store, world
-from .bases import Base, choose_base
+from .bases import Base
 from .calibration import Batches, look
 from .errors import UserError
 from .grouping import Grouping
-from .identity import base_identity, fingerprint
-from .layer import PARTS, LoRALinear
+from .layer import PARTS, wrap_all
 from .link import SealedLink, derive_seed, folder_name, summarise
 from .methods import Pair
 from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of
 from .peft_format import Factors
-from .record import CHAIN_FILE, FORMAT, load_state, read_record, state_files
-from .targets import assign_ranks, select_modules, short_targets
+from .record import CHAIN_FILE, FORMAT, write_state
+from .targets import assign_ranks, short_targets
 
 if TYPE_CHECKING:
     from .export import ExportedAdapter
-
-STATES_KEPT = 2
-
-
-def attach(
-    model: nn.Module,
-    *,
-    r: int = 8,
-    alpha: float = 16.0,
-    targets: str | Sequence[str] = ("q_proj", "v_proj"),
-    dropout: float = 0.0,
-    base: str = "auto",
-    rounding: str = "auto",
-    seed: int = 0,
-    rank_pattern: Mapping[str, int] | None = None,
-    first_rank: int | None = None,
-    init: str = "kaiming",
-    scaling: str = "lora",
-    frozen: str | None = None,
-    share: float = 1.0,
-    carry: float = 0.0,
-    gate: str | None = None,
-    batches: Batches | None = None,
-    original: nn.Module | None = None,
-) -> Chain:
-    """Freeze `model` and open link 0 on the targeted linears. The model's function does not change.
-
-    Args:
-        r, alpha: rank and alpha of a link; its scale is alpha / R, R being the module's own rank, see `scaling`.
-        targets: names (`q_proj`), `"all-linear"`, or a regular expression over full module names.
-        dropout: on the low-rank branch, in training mode.
-        base, rounding: how tied links are kept, see `cola_fast.bases`.
-        seed: of the links' initial values and of stochastic rounding.
-        rank_pattern: module name or pattern -> rank, over `r`.
-        first_rank: rank of link 0 if it is not `r`, as in a step-down.
-        init, scaling: names from `cola_fast.methods`: how a link starts (kaiming, pissa, olora, carry, eva, lora-ga,
-            loftq), and its scale (lora: alpha / R, rslora: alpha / sqrt(R), constant: alpha / r).
-        frozen: "a" or "b", the factor that is not trained.
-        share: of the blocks, drawn anew for each link, that it covers.
-        carry: with init="carry", the share of a link that the next one starts from.
-        gate: what a link trains beside A and B: adalora, sora (gates on the rank), dora (one on the output) or None.
-        batches: with init="eva" or "lora-ga", a few training batches to look at, for this link and later ones: what
-            the model's forward takes, with labels for lora-ga (`input_ids` and `labels` [B, T], `attention_mask`).
-        original: with init="loftq", the 16-bit model that a 4-bit `model` was quantised from. It is not kept.
-
-    Raises:
-        UserError (a ValueError): see `cola_fast.targets` and `cola_fast.layer`. The model is then as it was.
-    """
-    modules = select_modules(model, targets)
-    pattern = dict(rank_pattern) if rank_pattern else None
-    settings = Settings(r, float(alpha), dropout, seed, pattern, init, scaling, frozen, share, carry, gate)
-    settings.validate()
-    kind = choose_base(base, rounding, modules.values())
-    assign_ranks({n: (m.out_features, m.in_features) for n, m in modules.items()}, first_rank or r, rank_pattern)
-    chain = Chain(model, modules, kind, settings, base_identity(model))
-    try:
-        chain.extend(first_rank, batches=batches, original=original)
-    except BaseException:
-        chain.detach(discard=True)
-        raise
-    return chain
 
 
 class Chain:
@@ -113,11 +52,11 @@ class Chain:
         self.links: list[SealedLink] = []
         self.open_link: OpenLink | None = None
         self.folder: Path | None = None
-        self._recorded: dict[str, Any] | None = None  # chain.json as last written
+        self.recorded: dict[str, Any] | None = None  # chain.json as last written or read
         self.batches: list[Any] = []  # what an init that starts from data looks at
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self.grouping = Grouping()
-        self.layers = _wrap_all(modules, self.grouping)
+        self.layers = wrap_all(modules, self.grouping)
         self._were_trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
 
@@ -329,9 +268,6 @@ class Chain:
                 link.write(folder / folder_name(link.index))
         self.folder = folder
         self._write_record(self.links)
-        states = state_files(folder)
-        number = int(states[-1].stem) + 1 if states else 0
-        (folder / "state").mkdir(exist_ok=True)
         factors = {name: tuple(f) for name, f in self.live_factors().items()}
         index, starts = (self.open_link.index, self.open_link.starts) if self.open_link is not None else (None, {})
         state = {
@@ -342,9 +278,7 @@ class Chain:
             "groups": self.grouping.state(self.layers),
             "extra": dict(extra or {}),
         }
-        store.save_tensors(folder / "state" / f"{number:08d}.pt", state)
-        for old in states[: -(STATES_KEPT - 1)]:
-            old.unlink(missing_ok=True)
+        write_state(folder, state)
 
     def import_adapter(self, folder: str | Path) -> SealedLink:
         """Fold the PEFT LoRA adapter in `folder` as the next sealed link, see `cola_fast.adapters.import_adapter`."""
@@ -432,54 +366,6 @@ class Chain:
     def _write_record(self, links: Sequence[SealedLink]) -> None:
         assert self.folder is not None
         record = self.record(links)
-        if record != self._recorded:
+        if record != self.recorded:
             store.write_file(self.folder / CHAIN_FILE, store.to_json(record))
-            self._recorded = record
-
-
-def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None) -> Chain:
-    """Rebuild a saved chain on a fresh copy of its base model: fold the sealed links, then reopen the open one.
-
-    links: fold only the first ones and open none, to look at an earlier point of the chain.
-
-    Raises UserError if the folder holds no chain, the model is not its base, or a file is damaged. Files are checked
-    before the model is touched.
-    """
-    folder = Path(folder)
-    record = read_record(folder)
-    actual = fingerprint(model)
-    if actual != record["base"]["fingerprint"]:
-        raise UserError(
-            f"{folder} belongs to base model {record['base']['name']}, but this model's weights differ from it (or a "
-            "chain has been tied into them already): load the untouched base first."
-        )
-    sealed = [SealedLink.from_record(entry, folder) for entry in record["links"]]
-    if links is not None and not 0 <= links <= len(sealed):
-        raise UserError(f"{folder} has {len(sealed)} sealed links, so links={links} cannot be loaded.")
-    for link in sealed:
-        link.factors()
-    state = load_state(folder) if links is None else None
-    pattern = "|".join(re.escape(name) for name in record["modules"])
-    settings = Settings(**{f.name: record[f.name] for f in fields(Settings) if f.name in record})
-    modules = select_modules(model, pattern)
-    base = choose_base(record["base_kind"], record["rounding"], modules.values())
-    chain = Chain(model, modules, base, settings, record["base"])
-    chain.folder = folder
-    chain.waiting, chain._recorded = sealed, record
-    chain.replay(len(sealed) if links is None else links)
-    if state is not None and state["open"] == len(chain.links):
-        chain.reopen(state)
-    return chain
-
-
-def _wrap_all(modules: Mapping[str, nn.Linear], grouping: Grouping) -> dict[str, LoRALinear]:
-    """All or none."""
-    done: dict[str, LoRALinear] = {}
-    try:
-        for name, module in modules.items():
-            done[name] = LoRALinear.from_linear(module, name, grouping)
-    except UserError:
-        for layer in done.values():
-            layer.to_linear()
-        raise
-    return done
+            self.recorded = record

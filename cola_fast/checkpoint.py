@@ -26,7 +26,7 @@ def save_copy(chain: Chain, folder: Path, extra: Mapping[str, Any] | None = None
     for stale in (temporary, folder):
         shutil.rmtree(stale, ignore_errors=True)
     twin = copy.copy(chain)
-    twin.folder, twin._recorded = None, None
+    twin.folder, twin.recorded = None, None
     twin.links = [replace(link) for link in chain.links]
     twin.save(temporary, extra)
     os.rename(temporary, folder)

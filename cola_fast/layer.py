@@ -6,6 +6,7 @@ its hooks and its state dict already know: nothing is re-registered, copied or r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -152,6 +153,19 @@ class LoRALinear(nn.Linear):
     def extra_repr(self) -> str:
         rank = "no open link" if self.lora_A is None else f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
         return f"{super().extra_repr()}, {rank}"
+
+
+def wrap_all(modules: Mapping[str, nn.Linear], grouping: Grouping) -> dict[str, LoRALinear]:
+    """Turn linears into LoRALinears of one grouping, in place: all, or with a UserError none."""
+    done: dict[str, LoRALinear] = {}
+    try:
+        for name, module in modules.items():
+            done[name] = LoRALinear.from_linear(module, name, grouping)
+    except UserError:
+        for layer in done.values():
+            layer.to_linear()
+        raise
+    return done
 
 
 def is_nf4(linear: nn.Module) -> bool:

@@ -1,7 +1,8 @@
-"""Reading a chain's folder without its model: chain.json, and the newest state of the open link."""
+"""A chain's folder without its model: chain.json, and the states of the open link, of which the last are kept."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from .errors import UserError
 
 FORMAT = 1
 CHAIN_FILE = "chain.json"
+STATES_KEPT = 2
 REQUIRED = ("base", "base_kind", "rounding", "seed", "r", "alpha", "dropout", "modules", "links")
 
 
@@ -50,6 +52,16 @@ def load_state(folder: str | Path) -> dict[str, Any] | None:
             continue
         return state
     return None
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """As the newest one. It is whole on disk before an old one goes."""
+    states = state_files(folder)
+    number = int(states[-1].stem) + 1 if states else 0
+    (folder / "state").mkdir(exist_ok=True)
+    store.save_tensors(folder / "state" / f"{number:08d}.pt", state)
+    for old in states[: -(STATES_KEPT - 1)]:
+        old.unlink(missing_ok=True)
 
 
 def state_files(folder: Path) -> list[Path]:

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 def plan_run(config: Config) -> Plan:
     """Reads the data but no weights, writes nothing."""
     from .batches import collate, wants_flat
-    from .chain import attach
+    from .construct import attach
     from .data import load_data
     from .memory import estimate
     from .models import context_length, load_empty_model, load_tokenizer, resolve_device, resolve_dtype
@@ -97,7 +97,7 @@ def dry_run(config: Config) -> str:
 def score_run(folder: str | Path, *, best: bool = False) -> list[dict[str, Any]]:
     """Scores of the base, after each link, with the open link if there is one, and of the merged export reloaded."""
     from .best import load_best
-    from .chain import load_chain
+    from .construct import load_chain
     from .data import load_data
     from .evaluate import evaluate
     from .models import context_length, load_model, load_tokenizer
@@ -178,7 +178,7 @@ def export_run(
     rank: to cut an adapter to.
     """
     from .best import load_best
-    from .chain import load_chain
+    from .construct import load_chain
     from .models import load_model, load_tokenizer
     from .record import read_record
     from .run import load_config

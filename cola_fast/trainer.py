@@ -30,8 +30,9 @@ from . import liger, metrics, plot, world
 from .batches import Batch, Feed, batch_loss, check_packing, check_padding, wants_flat
 from .best import save_best
 from .calibration import Sample, draw
-from .chain import Chain, attach, load_chain
+from .chain import Chain
 from .config import Config
+from .construct import attach, load_chain
 from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate

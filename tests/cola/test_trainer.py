@@ -18,7 +18,7 @@ import torch
 
 from cola_fast import UserError, config, metrics, store, trainer
 from cola_fast.best import load_best
-from cola_fast.chain import load_chain
+from cola_fast.construct import load_chain
 from cola_fast.models import load_model
 from cola_fast.record import load_state
 
