@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,28 @@ def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cola_kernels.autograd, "as_seed", lambda seed, device: torch.tensor(7, device=device))
 
 
-@pytest.fixture(scope="session")
-def worker() -> Iterator[Callable[..., dict[str, Any]]]:
-    command = [sys.executable, "-m", "tests.cola.crash_worker"]
+@contextmanager
+def served(module: str, **defaults: Any) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A process of `module` that answers a line of JSON with another, and spares each request the imports."""
+    command = [sys.executable, "-m", module]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def run(config: str, **keys: Any) -> dict[str, Any]:
-            print(json.dumps({"config": config, **keys}), file=process.stdin, flush=True)
+        def run(**keys: Any) -> dict[str, Any]:
+            print(json.dumps({**defaults, **keys}), file=process.stdin, flush=True)
             answer: dict[str, Any] = json.loads(process.stdout.readline())
             return answer
 
         yield run
         process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[Callable[..., dict[str, Any]]]:
+    with served("tests.cola.crash_worker") as run:
+        yield lambda config, **keys: run(config=config, **keys)
 
 
 def sealed(run: Path) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import cola_fast
 from cola_fast import ChainCallback, UserError, attach, load_chain
 
 from ..conftest import disturb, snapshot, tiny_llama
+from .conftest import served
 from .trainer_runs import COMMON, token_rows
 
 SHORT = {**COMMON, "max_steps": 6, "eval_strategy": "no", "gradient_accumulation_steps": 1, "save_total_limit": None}
@@ -67,19 +66,8 @@ def hashes(chain: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Callable[..., dict[str, Any]]]:
-    command = [sys.executable, "-m", "tests.cola.trainer_worker"]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def run(**keys: Any) -> dict[str, Any]:
-            print(json.dumps({"resume": False, "kill": None, **keys}), file=process.stdin, flush=True)
-            answer: dict[str, Any] = json.loads(process.stdout.readline())
-            return answer
-
+    with served("tests.cola.trainer_worker", resume=False, kill=None) as run:
         yield run
-        process.stdin.close()
 
 
 @pytest.mark.slow
