@@ -37,6 +37,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 VERSIONS = ("torch", "triton", "transformers", "peft", "accelerate", "trl", "bitsandbytes", "liger-kernel", "unsloth")
 
 
+class NotComparable(Exception):
+    """A side that cannot take part in a case. The message says why, and stands where its figure would."""
+
+
 class ParityError(Exception):
     """Two sides of a benchmark do not compute the same thing, so comparing their speed would mean nothing."""
 

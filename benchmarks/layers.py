@@ -175,7 +175,7 @@ def lorafusion(problem: Problem) -> Side:
 
 def _by_op(problem: Problem, op: Callable[[Tensor, Member, Tensor, Tensor], Tensor], no_dropout: str) -> Side:
     if problem.dropout:
-        raise NotImplementedError(no_dropout)
+        raise harness.NotComparable(no_dropout)
     factors = _leaves(problem.members, problem.groups[0].x.dtype)
     xs = [group.x for group in problem.groups for _ in group.members]
 

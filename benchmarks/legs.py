@@ -79,7 +79,7 @@ def _here(leg: Leg) -> dict[str, Any]:
     side = trainers.SIDES[leg.side]
     try:
         times = side(problem, peak.watch) if leg.memory else side(problem, lambda model: model)
-    except NotImplementedError as error:
+    except harness.NotComparable as error:
         raise LegError(str(error)) from None
     found = {
         **asdict(times),

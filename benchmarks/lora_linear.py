@@ -119,7 +119,7 @@ def _measure(case: Case, *, rounds: int) -> dict[str, Any]:
         try:
             built = [build(problem) for problem in problems]
             parity[name] = layers.check(f"{name}: {case}", built[0], problems[0])
-        except (harness.ParityError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except (harness.ParityError, harness.NotComparable, ImportError, RuntimeError, TypeError, ValueError) as error:
             if name == "ours":
                 raise
             skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -165,7 +165,7 @@ def unsloth(problem: Problem, watch: Watch = lambda model: model) -> Times:
 
 def full(problem: Problem, watch: Watch = lambda model: model) -> Times:
     if problem.config.model.load_in_4bit:
-        raise NotImplementedError("4-bit weights cannot be trained")
+        raise harness.NotComparable("4-bit weights cannot be trained")
     return _run_trainer(problem, watch(models.load_model(problem.config.model)))
 
 
