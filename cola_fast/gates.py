@@ -23,6 +23,19 @@ def row_squares(weight: Tensor) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(tile, dim=1, dtype=wide) for tile in tiles]).square()
 
 
+def row_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scale: float, e: Tensor | None = None) -> Tensor:
+    """[N], of the rows of weight [N, K] with the update `scale · b diag(e) a`, as wide as squares and never 0.
+
+    squares: `row_squares(weight)`.
+    """
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        a, b = a.to(squares.dtype), (b if e is None else b * e).to(squares.dtype)
+        across = F.linear(weight, a.to(weight.dtype)).to(squares.dtype)  # W Aᵀ [N, R]
+        total = squares + (b * (2 * scale * across + scale**2 * (b @ (a @ a.t())))).sum(1)
+        norms: Tensor = total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
+    return norms
+
+
 def output_gate(
     magnitude: Tensor, squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, e: Tensor | None = None
 ) -> Tensor:
@@ -30,9 +43,4 @@ def output_gate(
 
     squares: `row_squares(weight)`. A row that is all zeros has c = 0 if its magnitude is.
     """
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        a, b = a.to(squares.dtype), (b if e is None else b * e).to(squares.dtype)
-        across = F.linear(weight, a.to(weight.dtype)).to(squares.dtype)  # W Aᵀ [N, R]
-        total = squares + (b * (2 * scale * across + scale**2 * (b @ (a @ a.t())))).sum(1)
-        norm = total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
-    return magnitude / norm
+    return magnitude / row_norms(weight, squares, a, b, scale, e)

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from . import config as configuration
-from . import store, world
+from . import store, tree, world
 from .config import Config
 from .errors import UserError
 from .record import CHAIN_FILE
@@ -66,7 +66,7 @@ class Run:
             store.write_file(self.path / CONFIG_FILE, configuration.to_yaml(self.config).encode())
 
     def _require_same_config(self) -> None:
-        old, new = flatten(configuration.to_dict(load_config(self.path))), flatten(configuration.to_dict(self.config))
+        old, new = flatten(tree.to_dict(load_config(self.path))), flatten(tree.to_dict(self.config))
         changed = [key for key in new if key not in FREE_KEYS and new[key] != old.get(key)]
         if changed:
             what = "; ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed[:4])

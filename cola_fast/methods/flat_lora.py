@@ -50,11 +50,12 @@ def flat_lora(layers: Mapping[str, LoRALinear], done: float, seed: int, config: 
 
 
 def _row_norms(layer: LoRALinear) -> Tensor:
-    """[N], of W + s B A."""
-    import torch
+    """[N], of W'; with DoRA its magnitude is that norm."""
+    from ..gates import row_norms, row_squares
 
+    if layer.lora_magnitude is not None:
+        return layer.lora_magnitude.detach().abs()
     assert layer.lora_A is not None
     assert layer.lora_B is not None
-    a, b = layer.lora_A.detach(), layer.lora_B.detach()
-    norms: Tensor = torch.addmm(layer.dense_weight().to(a.dtype), b, a, alpha=layer.scale).norm(dim=1)
-    return norms
+    weight = layer.dense_weight()
+    return row_norms(weight, row_squares(weight), layer.lora_A, layer.lora_B, layer.scale, layer.lora_e)

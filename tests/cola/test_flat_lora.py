@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +22,18 @@ N, K, R = 40, 30, 3
 SIGMA = 0.5
 
 
-def linear() -> Chain:
+def linear(gate: str | None = None) -> Chain:
+    """A trained link, gates included, on a layer with one large row."""
     torch.manual_seed(0)
-    chain = attach(nn.Sequential(nn.Linear(K, N)).double(), targets=["0"], r=R)
+    model = nn.Sequential(nn.Linear(K, N)).double()
+    with torch.no_grad():
+        model[0].weight[7] *= 20
+    chain = attach(model, targets=["0"], r=R, gate=gate)
     disturb(chain, 0.3)
+    with torch.no_grad():
+        for gates in (gate for layer in chain.layers.values() for gate in (layer.lora_e, layer.lora_magnitude)):
+            if gates is not None:
+                gates.mul_(torch.linspace(0.5, 1.5, len(gates), dtype=gates.dtype))
     return chain
 
 
@@ -56,14 +65,12 @@ def test_forward_and_backward_are_those_of_the_noisy_weight() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_its_size_follows_the_merged_rows_and_a_cosine() -> None:
-    chain = linear()
+@pytest.mark.parametrize("gate", [None, "sora", "dora"])
+def test_its_size_follows_the_merged_rows_and_a_cosine(gate: str | None) -> None:
+    chain = linear(gate)
     (layer,) = chain.layers.values()
-    assert layer.lora_A is not None
-    assert layer.lora_B is not None
     with torch.no_grad():
-        layer.weight[7] *= 20
-    rows = (layer.weight + layer.scale * layer.lora_B @ layer.lora_A).detach().norm(dim=1)
+        rows = (chain.model(torch.eye(K, dtype=torch.float64)) - layer.bias).norm(dim=0)
     unit = noise_of(chain) / (SIGMA * rows / K**0.5)[:, None]
     count = unit.numel()  # 1200 standard normal numbers: within five standard errors
     assert abs(float(unit.mean())) < 5 / count**0.5
