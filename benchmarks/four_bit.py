@@ -10,7 +10,6 @@ run is not run again, and a run that was killed goes on. Remove the folder to st
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ SHORT, LONG, STEPS = 3, 8, 80  # links of either chain, and the steps of each in
 
 def run(options: Options) -> dict[str, Any]:
     began, quick, runs = time.perf_counter(), options.quick, []
-    base = _once(_folder("base", quick) / "scores.json", lambda: _base(quick))
+    base = harness.once(_folder("base", quick) / "scores.json", lambda: _base(quick))
     cases = [(SHORT, arm, seed) for seed in range(3) for arm in (*BASES, PEFT)]
     cases += [(LONG, arm, seed) for seed in range(3) for arm in BASES]
     for links, arm, seed in cases:
@@ -55,20 +54,13 @@ def run(options: Options) -> dict[str, Any]:
         if scores.exists() or time.perf_counter() - began < options.seconds:
             harness.say(f"{links} links, {arm}, seed {seed}")
             measure = partial(_peft if arm == PEFT else _ours, _config(links, arm, seed, folder / "run", quick=quick))
-            runs.append({"links": links, "arm": arm, "seed": seed, **_once(scores, measure)})
+            runs.append({"links": links, "arm": arm, "seed": seed, **harness.once(scores, measure)})
             options.keep({"base": base, "runs": runs})
     return {"base": base, "runs": runs}
 
 
 def _folder(name: str, quick: bool) -> Path:
     return WORK / ("quick" if quick else "full") / name
-
-
-def _once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    if not path.exists():
-        harness.write_result(path, {**measure(), "commit": harness.environment()["commit"]})
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def _config(links: int, arm: str, seed: int, out: Path, *, quick: bool) -> Config:

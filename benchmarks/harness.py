@@ -226,6 +226,13 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `path` holds; measured, and kept there with the commit, the first time."""
+    if not path.exists():
+        write_result(path, {**measure(), "commit": environment()["commit"]})
+    return read(path)
+
+
 def read_results(suite: str) -> list[dict[str, Any]]:
     """Of every device, in the order of the file names."""
     found = map(read, sorted(RESULTS.glob(f"{suite}-*.json")))

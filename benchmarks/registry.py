@@ -66,6 +66,7 @@ SUITES = {
     "demo": Entry("What does the demo reach, and how long does it take?", "benchmarks.demo"),
     "drop_in": Entry("What does accelerate_peft take off a training step of a PEFT model?", "benchmarks.drop_in"),
     "gelora": Entry("How does the intrinsic dimension change with depth, and which ranks follow?", "benchmarks.gelora"),
+    "methods": Entry("Does every method of the family learn the demo's task?", "benchmarks.methods"),
     "quality": Entry("Does a chain learn more than LoRA at the same cost?", "benchmarks.quality"),
     "quality_cost": Entry("What does a step of the arms of `quality` cost?", "benchmarks.quality_cost"),
     "knot": Entry("What does a knot in 4 bits keep?", "benchmarks.knot"),
