@@ -58,9 +58,10 @@ def runs(
     task_files: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:
-    """Four forward passes a step, so that a rank's two are added up before the ranks' are; an odd number of evaluation
-    batches; q, k and v in one group, with dropout; weights of 49 rows, which do not halve; labels of one
-    token and of two, so that ranks have unequal counts."""
+    """Four forward passes a step, so that a rank's two are added up before the ranks' are; five evaluation batches,
+    of seven rows with two candidates each, which two ranks do not share evenly; q, k and v in one group, with
+    dropout; weights of 49 rows, which do not halve; labels of one token and of two, so that ranks have unequal
+    counts."""
     model = tmp_path_factory.mktemp("model") / "odd-llama"
     shutil.copytree(tiny_folder, model)
     tiny_llama(intermediate_size=49).save_pretrained(model)
@@ -72,7 +73,7 @@ def runs(
         },
         "chain": {"r": 2, "alpha": 4, "targets": "all-linear", "dropout": 0.1},
         "schedule": {"links": LINKS, "steps": 6, "lr": 0.02},
-        "train": {"batch_size": 2, "accumulation": 4, "save_every": 2, "log_every": 1, "eval_batch_size": 12},
+        "train": {"batch_size": 2, "accumulation": 4, "save_every": 2, "log_every": 1, "eval_batch_size": 14},
     }  # fmt: skip
     return Runs(worker, tmp_path_factory.mktemp("world"), raw)
 
