@@ -37,6 +37,7 @@ MAIN = ("frozen", "lora", "cola-3", "lora-restarts", "rac-lora", "lora-24")
 STARTS = {  # the lowest of the first four rates, by model and arm
     "minilm": {"full": 5e-5, "rac-lora": 1e-3, "": 5e-4},
     "smollm2": {"full": 2e-5, "rac-lora": 5e-4, "": 2e-4},
+    "smollm2-text": {"full": 2e-5, "rac-lora": 5e-4, "": 2e-4},
 }
 
 
@@ -74,6 +75,7 @@ SETTINGS = (
     Setting("minilm", "movie", tuple(ARMS), steps=84, seeds=5, items=600),
     Setting("minilm", "amazon", tuple(ARMS), steps=48, seeds=5, items=600),
     Setting("smollm2", "movie", MAIN, steps=36, seeds=3, items=400, extra=50),
+    Setting("smollm2-text", "movie", (*MAIN, "full"), steps=72, seeds=3, items=400, extra=50),
 )
 FULL = tuple(
     Setting(model, task, tuple(ARMS), steps=300, seeds=5, items=600) for model in MODELS for task in ("movie", "amazon")
@@ -198,14 +200,17 @@ def perform(job: Job, folder: Path) -> dict[str, Any]:
         scores = None
     record: dict[str, Any] = {"setting": setting.name, "size": _size(setting)}
     record |= {"arm": job.arm, "split": job.split, "lr": job.lr, "seed": job.seed}
-    return record | ({"loss": None, "accuracy": None} if scores is None else _summary(scores, job.split == "test"))
+    return record | ({"loss": None} if scores is None else _summary(scores, job.split == "test"))
 
 
 def _summary(scores: Scores, items: bool) -> dict[str, Any]:
     n = len(scores.losses)
-    found: dict[str, Any] = {"loss": sum(scores.losses) / n, "accuracy": sum(scores.correct) / n}
-    if items:
+    found: dict[str, Any] = {"loss": sum(scores.losses) / n}
+    if scores.correct is not None:
+        found["accuracy"] = sum(scores.correct) / n
+    if items and scores.correct is not None:
         found["correct"] = "".join("01"[c] for c in scores.correct)
+    if items:
         found["losses"] = " ".join(f"{1000 * loss:.0f}" for loss in scores.losses)  # thousandths of a nat
     return found
 

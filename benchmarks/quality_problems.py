@@ -1,4 +1,5 @@
-"""What the arms of the evaluation learn: sentiment by a classification head or by verbalisers, and a known matrix."""
+"""What the arms of the evaluation learn: sentiment by a classification head or by verbalisers, the next token of film
+reviews, and a known matrix."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from cola_fast import assets
 from cola_fast.batches import batch_loss, candidate_scores, choice_batches, collate
 from cola_fast.data import load_data
 from cola_fast.demo import demo_config
+from cola_fast.encode import IGNORE
 from cola_fast.models import load_model, load_tokenizer, needed_logits, resolve_dtype
 
 from . import harness
@@ -28,7 +30,7 @@ class Scores:
     """Of the items of one split, always in the same order."""
 
     losses: list[float]  # nats
-    correct: list[bool]
+    correct: list[bool] | None  # None where there is no label
 
 
 class Task(Problem, Protocol):
@@ -105,6 +107,7 @@ class Verbaliser:
 
     head: tuple[nn.Parameter, ...] = ()
     head_lr = 0.0
+    settings: tuple[str, ...] = ()  # over the demo's
 
     def __init__(self, task: str, seed: int, *, full: bool, items: int, extra: int) -> None:
         files = assets.sentiment(task)
@@ -113,6 +116,7 @@ class Verbaliser:
                 *(f"data.{name}={path}" for name, path in files.items()),
                 "data.limit=2000",
                 f"model.dtype={'fp32' if full else 'auto'}",
+                *self.settings,
             ]
         )
         self.model = load_model(config.model)
@@ -147,7 +151,27 @@ class Verbaliser:
         return list(example_batches(self.train, limit=2000))
 
 
-MODELS: dict[str, Callable[..., Task]] = {"minilm": Classifier, "smollm2": Verbaliser}
+class NextToken(Verbaliser):
+    """The same model reads the bare sentences: lower-case film reviews, cut into words, are far from what it was
+    trained on. A sentence's loss is the mean over its tokens.
+    """
+
+    settings = ("data.format=text",)
+
+    @torch.no_grad()
+    def scores(self, split: str) -> Scores:
+        losses: list[float] = []
+        examples = sorted(self.splits[split], key=len)
+        for first in range(0, len(examples), EVAL_BATCH):
+            batch = collate([[example] for example in examples[first : first + EVAL_BATCH]]).to(self.device)
+            with _autocast(self.device, enabled=self.model.dtype == torch.float32):
+                logits = needed_logits(self.model, batch)
+            each = nn.functional.cross_entropy(logits.float().transpose(1, 2), batch.targets, reduction="none")
+            losses += (each.sum(1) / (batch.targets != IGNORE).sum(1)).tolist()
+        return Scores(losses, None)
+
+
+MODELS: dict[str, Callable[..., Task]] = {"minilm": Classifier, "smollm2": Verbaliser, "smollm2-text": NextToken}
 
 
 class Teacher:

@@ -14,7 +14,7 @@ from .bootstrap import Interval, interval, share, spread
 from .quality_arms import ARMS, BATCH, R
 from .report import describe, markdown
 
-NAMES = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
+NAMES = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M", "smollm2-text": "SmolLM2-135M, next token"}
 CONTRASTS = (  # arm, what it is compared with, what that shows
     ("cola-3", "lora-restarts", "the merge, with the schedule the same"),
     ("cola-3", "lora-24", "three links, or one of their summed rank"),
@@ -29,11 +29,13 @@ class Tested:
     """One arm on the test set, with the learning rate that its sweep chose."""
 
     lr: float
-    correct: Tensor  # [seeds, items], 0 or 1
+    correct: Tensor | None  # [seeds, items], 0 or 1; None where there is no label
     losses: Tensor  # [seeds, items], nats
 
-    def accuracy_over(self, other: Tested) -> Interval:
+    def accuracy_over(self, other: Tested) -> Interval | None:
         """In points."""
+        if self.correct is None or other.correct is None:
+            return None
         return interval(100 * (self.correct - other.correct))
 
     def loss_over(self, other: Tested) -> Interval:
@@ -48,7 +50,9 @@ def tested(result: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, T
         runs = [r for r in result["runs"] if (r["setting"], r["arm"], r["split"]) == (name, arm, "test")]
         runs = sorted((r for r in runs if r["loss"] is not None), key=lambda r: r["seed"])
         if len(runs) == setting["seeds"]:
-            correct = torch.tensor([[int(c) for c in run["correct"]] for run in runs], dtype=torch.float64)
+            correct = None
+            if "correct" in runs[0]:
+                correct = torch.tensor([[int(c) for c in run["correct"]] for run in runs], dtype=torch.float64)
             losses = torch.tensor([[int(x) / 1000 for x in run["losses"].split()] for run in runs], dtype=torch.float64)
             found[arm] = Tested(runs[0]["lr"], correct, losses)
     return found
@@ -73,44 +77,40 @@ def quality_tables(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _title(setting: Mapping[str, Any], arms: Mapping[str, Tested]) -> str:
-    seeds, items = arms["lora"].correct.shape
-    return (
-        f"{NAMES[setting['model']]}, {setting['task']} sentiment: {setting['steps']} steps of {BATCH}, "
-        f"{seeds} seeds, {items} test sentences."
-    )
+    seeds, items = arms["lora"].losses.shape
+    return f"{_short(setting)}: {setting['steps']} steps of {BATCH}, {seeds} seeds, {items} test sentences."
 
 
 def _table(arms: Mapping[str, Tested]) -> str:
     lora, full = arms["lora"], arms.get("full")
+    full_correct, full_gain = (None, None) if full is None else (full.correct, -full.losses)
     rows = []
     for name, arm in arms.items():
-        other = name != "lora"
-        closed = ["", ""]
-        if full is not None and name not in ("frozen", "lora", "full"):
-            closed = [
-                _share(share(arm.correct - lora.correct, full.correct - lora.correct)),
-                _share(share(lora.losses - arm.losses, lora.losses - full.losses)),
-            ]
-        rows.append(
-            [
-                ARMS[name].label,
-                f"{arm.lr:g}" if arm.lr else "",
-                _mean(arm.correct),
-                _signed(arm.accuracy_over(lora), 1) if other else "",
-                _mean(arm.losses),
-                _signed(arm.loss_over(lora), 3) if other else "",
-                *closed,
-            ]
-        )
-    header = ["", "LR", "accuracy", "over LoRA, points", "loss", "over LoRA", "gap closed", "of the loss"]
-    return markdown(header, rows)
+        rows.append([ARMS[name].label, f"{arm.lr:g}" if arm.lr else ""])
+        between = name not in ("frozen", "lora", "full")
+        if arm.correct is not None:
+            rows[-1] += [_mean(arm.correct), _signed(arm.accuracy_over(lora), 1) if arm is not lora else ""]
+        rows[-1] += [_mean(arm.losses), _signed(arm.loss_over(lora), 3) if arm is not lora else ""]
+        if arm.correct is not None:
+            rows[-1].append(_closed(arm.correct, lora.correct, full_correct) if between else "")
+        rows[-1].append(_closed(-arm.losses, -lora.losses, full_gain) if between else "")
+    accuracy = lora.correct is not None
+    header = ["", "LR", *(["accuracy", "over LoRA, points"] if accuracy else []), "loss", "over LoRA"]
+    return markdown([*header, *(["gap closed"] if accuracy else []), "of the loss"], rows)
+
+
+def _closed(arm: Tensor, lora: Tensor | None, full: Tensor | None) -> str:
+    """The arm's gain over LoRA as a share of full fine-tuning's; larger scores are better ones."""
+    return "" if lora is None or full is None else _share(share(arm - lora, full - lora))
 
 
 def _mean(scores: Tensor) -> str:
     return f"{float(scores.mean()):.3f} ± {spread(scores.mean(1).tolist()):.3f}"
 
 
-def _signed(found: Interval, digits: int) -> str:
+def _signed(found: Interval | None, digits: int) -> str:
+    if found is None:
+        return ""
     text = f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
     return f"**{text}**" if found.excludes(0) else text
 
@@ -154,30 +154,41 @@ def _short(setting: Mapping[str, Any]) -> str:
 def _verdict(settings: Sequence[tuple[Mapping[str, Any], Mapping[str, Tested]]]) -> str:
     """COLA with three links against LoRA: one line a setting, and all in one."""
     settings = [(setting, arms) for setting, arms in settings if "cola-3" in arms]
-    gains = [arms["cola-3"].accuracy_over(arms["lora"]) for _, arms in settings]
+    gains = [_gain(arms["cola-3"], arms["lora"]) for _, arms in settings]
     better, worse = sum(gain.low > 0 for gain in gains), sum(gain.high < 0 for gain in gains)
     lines = [
-        f"In {better} of {len(gains)} settings COLA (K = 3) is shown to be more accurate than LoRA of the same rank, "
-        f"in {worse} to be less accurate:",
+        f"In {better} of {len(gains)} settings COLA (K = 3) is shown to be better than LoRA of the same rank (in "
+        f"accuracy; where there are no labels, in loss), in {worse} to be worse:",
         "",
     ]
     for setting, arms in settings:
         accuracy, loss = arms["cola-3"].accuracy_over(arms["lora"]), arms["cola-3"].loss_over(arms["lora"])
+        points = ""
+        if accuracy is not None:
+            points = f"{_plain(accuracy, 1)} points of test accuracy, {_word(accuracy.low, accuracy.high)}, and "
         lines.append(
-            f"- {_short(setting)}: COLA (K = 3) − LoRA (R = {R}) is {_plain(accuracy, 1)} points of test accuracy, "
-            f"{_word(accuracy.low, accuracy.high)}, and {_plain(loss, 3)} nats of test loss, "
+            f"- {_short(setting)}: COLA (K = 3) − LoRA (R = {R}) is {points}{_plain(loss, 3)} nats of test loss, "
             f"{_word(-loss.high, -loss.low)}. {_gap(arms)}"
         )
     return "\n".join(lines)
 
 
+def _gain(arm: Tested, other: Tested) -> Interval:
+    return arm.accuracy_over(other) or interval(other.losses - arm.losses)
+
+
 def _gap(arms: Mapping[str, Tested]) -> str:
     if "full" not in arms:
         return "Full fine-tuning: not measured."
-    gap, lora = arms["full"].accuracy_over(arms["lora"]), arms["lora"].correct
-    closed = share(arms["cola-3"].correct - lora, arms["full"].correct - lora)
+    lora, cola, full = arms["lora"], arms["cola-3"], arms["full"]
+    if lora.correct is None or cola.correct is None or full.correct is None:
+        closed = share(lora.losses - cola.losses, lora.losses - full.losses)
+        gap = f"{_plain(full.loss_over(lora), 3)} nats"
+    else:
+        closed = share(cola.correct - lora.correct, full.correct - lora.correct)
+        gap = f"{_plain(interval(100 * (full.correct - lora.correct)), 1)} points"
     rest = "no gap to close" if closed is None else f"COLA closes {_share(closed)} of it"
-    return f"Full fine-tuning − LoRA is {_plain(gap, 1)} points: {rest}."
+    return f"Full fine-tuning − LoRA is {gap}: {rest}."
 
 
 def _plain(found: Interval, digits: int) -> str:
@@ -208,14 +219,17 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots(2, len(settings), squeeze=False)
     for column, (setting, arms) in enumerate(settings):
         shown = [name for name in arms if name not in ("frozen", "lora")][::-1]
-        found = [
+        found: list[list[Interval | None]] = [
             [arms[name].accuracy_over(arms["lora"]) for name in shown],
             [arms[name].loss_over(arms["lora"]) for name in shown],
         ]
         for axis, intervals, label in zip(axes[:, column], found, ("accuracy, points", "loss, nats"), strict=True):
-            means = [i.mean for i in intervals]
-            ends = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
-            axis.errorbar(means, range(len(shown)), xerr=ends, fmt="o", capsize=3)
+            known = [i for i in intervals if i is not None]
+            if not known:
+                axis.set_axis_off()  # and keep the title
+                continue
+            ends = [[i.mean - i.low for i in known], [i.high - i.mean for i in known]]
+            axis.errorbar([i.mean for i in known], range(len(shown)), xerr=ends, fmt="o", capsize=3)
             axis.axvline(0, color="0.6", linewidth=0.8)
             axis.set_yticks(range(len(shown)), [ARMS[name].label for name in shown])
             axis.set_xlabel(f"{label}, minus LoRA's")

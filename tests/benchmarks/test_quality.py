@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks import harness, quality
 from benchmarks.quality import LADDER, Job, Setting, finished, pending, sweep, work
 from benchmarks.quality_arms import ARMS, BATCH, Diverged, Training
-from benchmarks.quality_problems import Scores
+from benchmarks.quality_problems import NextToken, Scores
 from benchmarks.quality_tables import quality_tables
 
 SETTING = Setting("minilm", "movie", ("lora", "cola-2"), steps=4, seeds=2, items=6)
@@ -230,7 +230,7 @@ def test_the_sentence_follows_from_the_interval() -> None:
         for name, accuracy in (("better", 0.9), ("same", 0.8), ("worse", 0.7))
     }
     assert "In 1 of 1 settings" in found["better"]
-    assert "in 1 to be less" in found["worse"]
+    assert "in 1 to be worse" in found["worse"]
     assert found["better"].count("a gain") == 2
     assert "+10.0 (" in found["better"]
     assert found["same"].count("no gain shown") == 2
@@ -247,6 +247,30 @@ def test_the_table_gives_the_share_of_the_gap() -> None:
     assert none.count("| no gap |") == 1
     blocks = quality_tables(_result({"lora": 0.6, "cola-3": 0.75, "full": 0.9}))
     assert "COLA closes 0.50 (" in blocks["quality-verdict"]
+
+
+def test_without_labels_the_loss_decides() -> None:
+    result = _result({"lora": 0.8, "cola-3": 0.9, "full": 1.0})
+    for run in result["runs"]:
+        del run["correct"], run["accuracy"]
+    blocks = quality_tables(result)
+    assert "In 1 of 1 settings" in blocks["quality-verdict"]
+    assert "COLA closes 0.50 (0.50 to 0.50) of it" in blocks["quality-verdict"]
+    assert "points" not in blocks["quality-verdict"] + blocks["quality"].split("±")[0]
+    (line,) = [line for line in blocks["quality"].splitlines() if line.startswith(f"| {ARMS['cola-3'].label} |")]
+    assert line.endswith("| 0.100 ± 0.000 | **-0.100 (-0.100 to -0.100)** | 0.50 (0.50 to 0.50) |")
+
+
+def test_a_sentence_s_loss_is_that_of_transformers() -> None:
+    problem = NextToken("movie", 0, full=False, items=3, extra=2)
+    found = problem.scores("test")
+    assert found.correct is None
+    model: Any = problem.model
+    examples = sorted(problem.splits["test"], key=len)
+    for loss, example in zip(found.losses, examples, strict=True):
+        ids = torch.tensor([example.input_ids])
+        with torch.no_grad():
+            assert loss == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=2e-2)  # bf16 states
 
 
 def test_an_arm_counts_once_all_its_seeds_are_in() -> None:
