@@ -208,30 +208,32 @@ def _teacher(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Every arm's difference to LoRA, with its interval: accuracy above, loss below, a column for each setting."""
+    """Every arm's difference to LoRA, with its interval: a row a setting, accuracy on the left, loss on the right."""
     from matplotlib.figure import Figure
 
     settings = [(setting, tested(result, setting)) for setting in result["settings"]]
     settings = [(setting, arms) for setting, arms in settings if len(arms.keys() - {"frozen"}) > 1 and "lora" in arms]
     if not settings:
         return
-    figure = Figure(figsize=(4.2 * len(settings) + 1, 7.5), layout="constrained")
-    axes = figure.subplots(2, len(settings), squeeze=False)
-    for column, (setting, arms) in enumerate(settings):
+    heights = [len(arms.keys() - {"frozen", "lora"}) + 3 for _, arms in settings]
+    figure = Figure(figsize=(9, 0.27 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(settings), 2, squeeze=False, height_ratios=heights)
+    for row, (setting, arms) in zip(axes, settings, strict=True):
         shown = [name for name in arms if name not in ("frozen", "lora")][::-1]
         found: list[list[Interval | None]] = [
             [arms[name].accuracy_over(arms["lora"]) for name in shown],
             [arms[name].loss_over(arms["lora"]) for name in shown],
         ]
-        for axis, intervals, label in zip(axes[:, column], found, ("accuracy, points", "loss, nats"), strict=True):
+        for axis, intervals, label in zip(row, found, ("accuracy, points", "loss, nats"), strict=True):
             known = [i for i in intervals if i is not None]
             if not known:
-                axis.set_axis_off()  # and keep the title
+                axis.set_axis_off()
                 continue
             ends = [[i.mean - i.low for i in known], [i.high - i.mean for i in known]]
             axis.errorbar([i.mean for i in known], range(len(shown)), xerr=ends, fmt="o", capsize=3)
             axis.axvline(0, color="0.6", linewidth=0.8)
             axis.set_yticks(range(len(shown)), [ARMS[name].label for name in shown])
+            axis.set_ylim(-0.7, len(shown) - 0.3)
             axis.set_xlabel(f"{label}, minus LoRA's")
-        axes[0, column].set_title(_short(setting))
+            axis.set_title(_short(setting), loc="right")
     figure.savefig(path, dpi=120)
