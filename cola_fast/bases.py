@@ -2,8 +2,9 @@
 
 dense    in the weights, fp32, bf16 or fp16. Rounded once; nothing grows.
 nf4      in the 4-bit codes of bitsandbytes weights, scales frozen. Nothing grows, but a fold has noise, as large as
-         that of quantising; what it kept is reported. A replay needs no more than the seed: rounding by activations
-         (`cola_kernels.nf4_merge_`) would need the second moments of every layer's inputs, which are in no chain.
+         that of quantising; what it kept is reported. A replay needs no more than the seed. `cola_kernels` can also
+         round by activations, and carry part of the noise into the next link, for a fold of one's own: both need the
+         second moments of every layer's inputs at every knot, for the last 0.1 or 0.2 % of a chain's gain.
 ledger   beside weights that never change, as frozen factors in the same fused op. Exact on any weights; memory and
          time grow by R (N + K) numbers a module with every link.
 """
