@@ -26,7 +26,7 @@ from unittest.mock import patch
 from torch import nn
 
 from cola_fast import plot as curves
-from cola_fast import trainer
+from cola_fast import prepare, trainer
 from cola_fast.batches import Batch, Feed, batch_loss
 from cola_fast.chain import Chain
 from cola_fast.config import Config
@@ -85,7 +85,7 @@ def _beside(workload: Workload, rounds: int) -> Samples:
         batches.append(next(Feed(*arguments, **options)))
         return made
 
-    with patch.object(trainer._Loop, "_step", both), patch.object(trainer, "Feed", feed):
+    with patch.object(trainer._Loop, "_step", both), patch.object(prepare, "Feed", feed):
         _train(config)
     size = min(map(len, samples.values()))
     return {name: values[:size] for name, values in samples.items()}

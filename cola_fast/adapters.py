@@ -45,7 +45,10 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
     was.
     """
     if any(map(moves, chain.live_factors().values())):
-        raise UserError("The open link has been trained and an import would replace it: call tie() and extend() first.")
+        raise UserError(
+            "The open link changes the model (it has been trained, or starts away from zero), and an import would "
+            "replace it: call tie() and extend() first."
+        )
     given = read_adapter(folder)
     outside = [name for name in given if name not in chain.layers]
     if outside:

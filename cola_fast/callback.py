@@ -25,7 +25,7 @@ from .checkpoint import drop_open_link, restore, save_copy
 from .config import ScheduleConfig, from_dict
 from .errors import UserError
 from .layer import PARTS
-from .methods import METHODS
+from .methods import METHODS, preset
 from .schedule import Schedule, Span, plan
 from .versions import require_tested
 
@@ -75,6 +75,7 @@ class ChainCallback(TrainerCallback):
         }  # fmt: skip
         require_tested("transformers", "ChainCallback")
         self.chain = chain
+        _require_attached(chain, method)
         self.config = _checked(method, {key: value for key, value in keys.items() if value is not None})
         self.schedule: Schedule | None = None
         self._load_hook: Any = None
@@ -272,6 +273,17 @@ def _curve(args: Any, steps: int) -> Any:
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
     return scheduler.lr_lambdas[0]
+
+
+def _require_attached(chain: Chain, method: str) -> None:
+    """What a method sets of the links themselves is `attach`'s to do."""
+    for key, value in preset([method], {}).get("chain", {}).items():
+        found = getattr(chain.settings, key, None)
+        if found != value:
+            raise UserError(
+                f"The method {method} sets chain.{key} to {value}, but this chain has {found}: attach it so, or use "
+                "`cola train`."
+            )
 
 
 def _checked(method: str, schedule: Mapping[str, Any]) -> ScheduleConfig:

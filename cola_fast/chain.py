@@ -12,6 +12,7 @@ a process killed anywhere neither loses a link nor folds one twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -52,7 +53,7 @@ class Chain:
         self.links: list[SealedLink] = []
         self.open_link: OpenLink | None = None
         self.folder: Path | None = None
-        self.recorded: dict[str, Any] | None = None  # chain.json as last written or read
+        self.recorded: tuple[Path, dict[str, Any]] | None = None  # chain.json as last written or read, and its folder
         self.batches: list[Any] = []  # what an init that starts from data looks at
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self.grouping = Grouping()
@@ -196,7 +197,7 @@ class Chain:
             link = seal()
             if self.folder is not None:
                 link.write(self.folder / folder_name(link.index))
-                self._write_record([*self.links, link])
+                self._write_record(self.folder, [*self.links, link])
             return link
 
         link = world.lead(keep)
@@ -205,12 +206,16 @@ class Chain:
         for layer in self.layers.values():
             layer.close()
         self._fold(link, live=True)
-        if self.folder is not None:
-            world.lead(lambda: self._write_record(self.links))  # now with what the fold kept
+        if (folder := self.folder) is not None:
+            with suppress(UserError):  # the link is tied; what its fold kept is written with the next save
+                world.lead(lambda: self._write_record(folder, self.links))
         return link
 
     def detach(self, *, discard: bool = False) -> nn.Module:
         """Give the model its plain linears back. Tied links stay in the weights; the chain is done.
+
+        A start that left 16-bit weights (PiSSA, OLoRA, LoRA-GA, carry) is added again, rounded: load the base anew for
+        its very bits.
 
         Raises UserError if that would lose a trained open link, or a ledger; `discard=True` says it may go.
         """
@@ -254,20 +259,22 @@ class Chain:
         extra: anything else that must be restored together with the open link (tensors and plain values), such as an
         optimizer's state. `load_state` returns it.
         """
+        self._require_layers()
         self._require_complete()
         folder = Path(folder)
         world.lead(lambda: self._write(folder, extra))
         self.folder = folder  # on every rank
 
     def _write(self, folder: Path, extra: Mapping[str, Any] | None) -> None:
+        """chain.json last: with it the folder holds a chain. The chain moves there once all of it has been written."""
+        links = self.links
         if self.folder != folder:
             if (folder / CHAIN_FILE).exists():
                 raise UserError(f"{folder} already holds a chain: choose another folder, or load that one.")
-            folder.mkdir(parents=True, exist_ok=True)
-            for link in self.links:
+            store.make_folder(folder)
+            links = [replace(link) for link in self.links]
+            for link in links:
                 link.write(folder / folder_name(link.index))
-        self.folder = folder
-        self._write_record(self.links)
         factors = {name: tuple(f) for name, f in self.live_factors().items()}
         index, starts = (self.open_link.index, self.open_link.starts) if self.open_link is not None else (None, {})
         state = {
@@ -279,6 +286,8 @@ class Chain:
             "extra": dict(extra or {}),
         }
         write_state(folder, state)
+        self._write_record(folder, links)
+        self.links = links
 
     def import_adapter(self, folder: str | Path) -> SealedLink:
         """Fold the PEFT LoRA adapter in `folder` as the next sealed link, see `cola_fast.adapters.import_adapter`."""
@@ -363,9 +372,8 @@ class Chain:
             "links": [{**link.record(), "base_kind": self.base.kind} for link in links],
         }
 
-    def _write_record(self, links: Sequence[SealedLink]) -> None:
-        assert self.folder is not None
+    def _write_record(self, folder: Path, links: Sequence[SealedLink]) -> None:
         record = self.record(links)
-        if record != self.recorded:
-            store.write_file(self.folder / CHAIN_FILE, store.to_json(record))
-            self.recorded = record
+        if (folder, record) != self.recorded:
+            store.write_file(folder / CHAIN_FILE, store.to_json(record))
+            self.recorded = (folder, record)

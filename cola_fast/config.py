@@ -203,6 +203,9 @@ def validate(config: Config) -> None:
         "schedule.rewarm returns to the global learning-rate curve: set schedule.lr_span to global, or use warmup.",
     )
     _require(t.lr_ratio > 0, f"train.lr_ratio is {t.lr_ratio}, but it must be positive.")
+    _require(t.weight_decay >= 0, f"train.weight_decay is {t.weight_decay}, but it must not be negative.")
+    _require(all(0 <= beta < 1 for beta in t.betas), f"train.betas is {list(t.betas)}, but both are in [0, 1).")
+    _require(t.eps > 0, f"train.eps is {t.eps}, but it must be positive.")
     _require(t.sigma >= 0, f"train.sigma is {t.sigma}, but it must not be negative.")
     _require(
         t.gradient is None or c.frozen is None,
@@ -261,6 +264,10 @@ def validate(config: Config) -> None:
         _require(
             value is None or value > 0, f"{where}.{key} is {value}, but it must be positive, or null to turn it off."
         )
+    _require(
+        not (c.base == "dense" and config.model.load_in_4bit),
+        "chain.base is dense, but model.load_in_4bit is set: use nf4, ledger or auto.",
+    )
     _require(
         not (t.shard and config.model.load_in_4bit),
         "train.shard is for 16- and 32-bit weights, but model.load_in_4bit is set: leave one of them out (without "

@@ -107,7 +107,7 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     base = choose_base(record["base_kind"], record["rounding"], modules.values())
     chain = Chain(model, modules, base, settings, record["base"])
     chain.folder = folder
-    chain.waiting, chain.recorded = sealed, record
+    chain.waiting, chain.recorded = sealed, (folder, record)
     chain.replay(len(sealed) if links is None else links)
     if state is not None and state["open"] == len(chain.links):
         chain.reopen(state)

@@ -81,7 +81,10 @@ class _Table:
         if name not in self.data.column_names:
             has = ", ".join(self.data.column_names)
             raise UserError(f"{self.source} has no column {name!r} (it has {has}).{near(name, self.data.column_names)}")
-        return list(self.data[name])
+        try:
+            return list(self.data[name])
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.source} is not UTF-8 text ({error}): convert it.") from None
 
 
 def _read(source: str, split: str, config: DataConfig) -> _Table:

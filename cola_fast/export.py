@@ -62,6 +62,8 @@ def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> Expor
         )
     named = {name: [link[name] for link in links if name in link] for name in chain.layers}
     factors = {name: concatenate(parts) for name, parts in named.items() if parts}
+    if not factors:
+        raise UserError("There is no link to export, sealed or open: tie one first, or load the chain with its links.")
     errors = dict.fromkeys(factors, 0.0)
     if rank is not None:
         for name, f in factors.items():
@@ -81,6 +83,12 @@ def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Mo
     """What is written is dense. Only modules of a still open link, of a ledger or of 4-bit weights are copied for it;
     the chain's model is not touched, `onto` is changed."""
     _refuse_existing(folder)
+    target = chain.model if onto is None else onto
+    if not hasattr(target, "save_pretrained"):
+        raise UserError(
+            f"A merged export is a transformers checkpoint, but the model is a {type(target).__name__}: save its "
+            "state_dict yourself, or use export_adapter."
+        )
     if onto is None:
         _save_atomically(chain.model, folder, _merged_state(chain), tokenizer)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,10 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """Rows behind the step a run resumes from are dropped first, so a resumed run has each step once."""
+    """Rows behind the step a run resumes from are dropped first, so a resumed run has each step once.
+
+    resume_step: -1 for a run that begins, whatever a killed one has left.
+    """
 
     def __init__(self, run: Path, *, resume_step: int, link: int) -> None:
         self.path = run / FILE
@@ -35,11 +39,13 @@ class JsonLines:
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def log(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with store.disk_errors(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # a row that did not fit is still in the buffer, and has been reported
+            self.file.close()
 
 
 class TensorBoard:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .config import ModelConfig
@@ -150,7 +151,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
         raise UserError(f"model.name is {config.name}, but there is no such folder.")
     try:
         return kind.from_pretrained(str(folder) if folder.is_dir() else config.name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise UserError(f"The model {config.name} could not be loaded{offline}: {reason}.") from error

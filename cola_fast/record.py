@@ -58,7 +58,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """As the newest one. It is whole on disk before an old one goes."""
     states = state_files(folder)
     number = int(states[-1].stem) + 1 if states else 0
-    (folder / "state").mkdir(exist_ok=True)
+    store.make_folder(folder / "state")
     store.save_tensors(folder / "state" / f"{number:08d}.pt", state)
     for old in states[: -(STATES_KEPT - 1)]:
         old.unlink(missing_ok=True)

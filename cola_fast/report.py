@@ -40,7 +40,7 @@ def plan_run(config: Config) -> Plan:
     from .data import load_data
     from .memory import estimate
     from .models import context_length, load_empty_model, load_tokenizer, resolve_device, resolve_dtype
-    from .trainer import prepare
+    from .prepare import prepare
 
     model = load_empty_model(config.model)
     tokenizer = load_tokenizer(config.model)

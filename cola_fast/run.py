@@ -6,6 +6,7 @@ config.yaml  chain.json  links/  state/  best/  metrics.jsonl  curves.png
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,6 +52,9 @@ class Run:
     def _in_use(self) -> bool:
         if self.path.is_file():
             raise UserError(f"out is {self.path}, but that is a file: name a folder.")
+        above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise UserError(f"out is {self.path}, but {above} is no folder that can be written in: name another.")
         return self.path.exists() and any(self.path.iterdir())
 
     def _claim(self) -> None:
@@ -59,7 +63,7 @@ class Run:
             raise UserError(f"out is {self.path}, which holds other files ({others[0]}, ...): choose a new folder.")
         if others:
             self._require_same_config()
-        self.path.mkdir(parents=True, exist_ok=True)
+        store.make_folder(self.path)
         self._held.enter_context(store.lock(self.path))
         store.sweep(self.path)
         if not others:

@@ -25,7 +25,7 @@ from .errors import UserError
 def write_file(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, atomically and durably."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with _disk_errors(path):
+    with disk_errors(path):
         try:
             _write_synced(temporary, data)
             os.replace(temporary, path)
@@ -38,7 +38,7 @@ def write_file(path: Path, data: bytes) -> None:
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Create the folder `path` with these files, atomically; one left there by an interrupted run is replaced."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with _disk_errors(path):
+    with disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
@@ -55,6 +55,12 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         shutil.rmtree(path.with_name(f".{path.name}.old"), ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """With those above it, if it is not there."""
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def to_json(value: Any) -> bytes:
@@ -117,7 +123,10 @@ def lock(folder: Path) -> Iterator[None]:
 
 def sweep(folder: Path) -> None:
     """Remove what an interrupted write left behind. Only for the process that holds the folder's lock."""
-    for path in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
+    for path in folder.rglob(".*.old"):
+        replaced = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+        shutil.rmtree(path) if replaced.exists() else path.rename(replaced)
+    for path in folder.rglob(".*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -139,7 +148,8 @@ def _sync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as one sentence: no space, no permission."""
     try:
         yield
     except OSError as error:

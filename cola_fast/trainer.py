@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from tqdm import tqdm
 from . import liger, metrics, plot, world
 from .batches import Batch, Feed, batch_loss, check_packing, check_padding, wants_flat
 from .best import save_best
-from .calibration import Sample, draw
 from .chain import Chain
 from .config import Config
 from .construct import attach, load_chain
@@ -37,21 +36,19 @@ from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
 from .link import derive_seed
-from .methods import AFTER_STEP, GRADIENT, PERTURB, RANKS, STATE, Step, wanted_by
+from .methods import AFTER_STEP, GRADIENT, PERTURB, STATE, Step
 from .models import (
     checkpoint_activations,
     context_length,
-    load_model,
     load_tokenizer,
     needed_logits,
-    resolve_device,
-    resolve_dtype,
 )
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, set_lr
+from .prepare import choose_ranks, load_base, looked_at, original_model, prepare, rehearse
 from .record import load_state
 from .run import Run
-from .schedule import Schedule, plan
+from .schedule import Schedule
 from .sharding import shard
 from .signals import collected_signals
 
@@ -98,7 +95,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
     with world.joined(), Run(config) as run:
         quiet = quiet or not world.is_main()
         with world.together():
-            model, device = _load_model(config)
+            model, device = load_base(config)
             tokenizer = load_tokenizer(config.model)
             data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
             schedule, feed = prepare(config, data, flat=wants_flat(model))
@@ -111,17 +108,20 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 chain = load_chain(model, run.path)
             else:
                 c = config.chain
-                pattern = _ranks(config, model, data, 0) or c.rank_pattern
+                pattern = choose_ranks(config, model, data, 0) or c.rank_pattern
                 chain = attach(
                     model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
                     seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
                     scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry, gate=c.gate,
-                    batches=_looked_at(config, data, 0), original=_original(config),
+                    batches=looked_at(config, data, 0), original=original_model(config),
                 )  # fmt: skip
             for span in schedule.spans:
                 chain.ranks(span.rank)
+            if chain.open_link is not None:
+                rehearse(chain, config)
+            state = load_state(run.path) if resuming else None
+            _require_position(chain, state, run.path)
         run.claim()
-        state = load_state(run.path) if resuming else None
         if not quiet:
             for note in data.notes:
                 print(f"data: {note}", file=sys.stderr)
@@ -134,54 +134,16 @@ def train(config: Config, *, quiet: bool = False) -> Result:
             return _Loop(config, run.path, model, chain, data, schedule, feed, state, loss, quiet).run()
 
 
-def _load_model(config: Config) -> tuple[nn.Module, torch.device | None]:
-    """The model on this process's device; or on the CPU, with the device that it is to be sharded onto."""
-    settings = replace(config.model, device=world.device(config.model.device))
-    if not config.train.shard or world.size() == 1:
-        return load_model(settings), None
-    device = resolve_device(settings.device)
-    wide = resolve_dtype(settings.dtype, device) == torch.float32
-    return load_model(replace(settings, device="cpu", dtype="fp32" if wide else "bf16")), device
-
-
-def _ranks(config: Config, model: nn.Module, data: Data, link: int) -> dict[str, int] | None:
-    """What the method chooses for link `link`, the same on all ranks."""
-    found = RANKS.choose(config.chain.ranks)(model, data.train, config.chain, link)
-    return world.lead(lambda: found)
-
-
-def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule, Feed]:
-    """The data's order and the schedule that follows from its length."""
-    t = config.train
-    metrics.require(t.loggers)
-    if not data.train:
-        raise UserError("The training set is empty once the examples that do not fit have been dropped.")
-    if (config.schedule.plateau or t.early_stop) and not data.eval:
-        key = "schedule.plateau" if config.schedule.plateau else "train.early_stop"
-        raise UserError(f"{key} needs a validation set: set data.eval or data.eval_share.")
-    if t.accumulation % world.size():
+def _require_position(chain: Chain, state: dict[str, Any] | None, run: Path) -> None:
+    """A state from which the sealed links would not be gone on from, but trained again, is none to resume from."""
+    position = Position(**state["extra"]["position"]) if state is not None and state["extra"] else Position()
+    sealed = len(chain.links)
+    if sealed != position.link and not (sealed == position.link + 1 and position.knot_due):
+        found = "no readable state" if state is None else f"the newest readable state is of link {position.link + 1}"
         raise UserError(
-            f"train.accumulation is {t.accumulation}, but {world.size()} processes share the forward passes of a step: "
-            f"set it to {world.size()} or a multiple (and train.batch_size lower, for as many rows a step as before)."
+            f"{run} has {sealed} sealed links, but {found} (files in state/ are missing or damaged): restore them from "
+            "a copy, or set `out` to a new folder to train anew. The links are whole: `cola export` can use them."
         )
-    feed = Feed(data.train, t, max_length=data.max_length, flat=flat)
-    steps_per_epoch = math.ceil(len(feed) / t.accumulation)
-    return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), feed
-
-
-def _looked_at(config: Config, data: Data, link: int) -> list[Sample] | None:
-    """What the init looks at before a link: training examples drawn by a seed of their own, not from the feed."""
-    c, t = config.chain, config.train
-    if wanted_by(c.init).see is None:
-        return None
-    return draw(data.train, c.calibration, t.batch_size, derive_seed(t.seed, "calibration", link))
-
-
-def _original(config: Config) -> nn.Module | None:
-    """The model before it was quantised, if the init wants it; on the CPU."""
-    if not (wanted_by(config.chain.init).corrects and config.model.load_in_4bit):
-        return None
-    return load_model(replace(config.model, load_in_4bit=False, device="cpu"))
 
 
 def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -232,7 +194,8 @@ class _Loop:
         self.loggers: list[metrics.Logger] = []
         with world.together():
             if world.is_main():
-                self.loggers = [metrics.JsonLines(self.path, resume_step=self.at.step, link=self.at.link)]
+                step = self.at.step if self.resumed else -1
+                self.loggers = [metrics.JsonLines(self.path, resume_step=step, link=self.at.link)]
                 self.loggers += [metrics.LOGGERS[name](self.path) for name in self.config.train.loggers]
         self.bar = tqdm(
             total=self.schedule.total, initial=self.at.step, unit="step", disable=True if self.quiet else None
@@ -260,8 +223,8 @@ class _Loop:
         fresh = self.chain.open_link is None
         if fresh:
             link = self.at.link
-            pattern = _ranks(self.config, self.model, self.data, link)
-            batches = _looked_at(self.config, self.data, link)
+            pattern = choose_ranks(self.config, self.model, self.data, link)
+            batches = looked_at(self.config, self.data, link)
             self.chain.extend(self.schedule.spans[link].rank, rank_pattern=pattern, batches=batches)
         self.optimizer = make_optimizer(self.chain, self.config.train)
         load_optimizer_state(self.optimizer, self.optimizer_state)
@@ -377,6 +340,7 @@ class _Loop:
 
     def _save(self) -> None:
         self._check_losses()
+        self._check_factors()
         self.at.seconds = time.perf_counter() - self.started
         extra = {
             "position": asdict(self.at),
@@ -397,14 +361,21 @@ class _Loop:
         losses = torch.stack([loss for _, loss in self.pending]).tolist()
         bad = [(step, loss) for (step, _), loss in zip(self.pending, losses, strict=True) if not math.isfinite(loss)]
         if bad:
-            world.lead(lambda: self._refuse(*bad[0]))
+            step, loss = bad[0]
+            world.lead(lambda: self._refuse(f"The loss became {loss}", step))
         self.pending = []
         self.unlogged += losses
 
-    def _refuse(self, step: int, loss: float) -> None:
+    def _check_factors(self) -> None:
+        """A step can poison the factors while its loss is still finite; such a state is not one to go back to."""
+        finite = [p.isfinite().all() for p in self.chain.parameters()]
+        if finite and not bool(torch.stack(finite).all()):
+            world.lead(lambda: self._refuse("The link's factors became NaN or infinite", self.at.step))
+
+    def _refuse(self, what: str, step: int) -> None:
         kept = "nothing had been saved" if self.chain.folder is None else f"{self.path} keeps its last good state"
         raise UserError(
-            f"The loss became {loss} at step {step}: training stopped, {kept}. Lower schedule.lr, add "
+            f"{what} at step {step}: training stopped, {kept}. Lower schedule.lr, add "
             "schedule.warmup, or look for a bad row in the data."
         )
 

@@ -32,4 +32,5 @@ def gelora(model: nn.Module, examples: Sequence[Example], config: ChainConfig, l
         return None
     batches = example_batches(examples, limit=config.gelora.examples)
     found = gelora_ranks(model, batches, targets=config.targets, mean_rank=config.gelora.mean_rank)
-    return {**(config.rank_pattern or {}), **found}
+    pattern = config.rank_pattern or {}
+    return {**pattern, **{name: rank for name, rank in found.items() if name not in pattern}}

@@ -165,7 +165,8 @@ def preset(names: Sequence[str], written: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"chain.method is {name!r}, but must be one of {', '.join(METHODS)}.{near(name, METHODS)}")
         for section, key, value in _leaves(METHODS[name]):
             first, other = setters.setdefault((section, key), (name, value))
-            if other != value and key not in (written.get(section) or {}):
+            mine = written.get(section)
+            if other != value and not (isinstance(mine, Mapping) and key in mine):
                 raise UserError(
                     f"The methods {first} and {name} set {section}.{key} to {other} and {value}: write the key "
                     "yourself, or leave one of them out."

@@ -224,7 +224,7 @@ def test_a_dry_run_counts_what_will_train(
     run_config(name, raw_config, wide_folder)
     raw_config["chain"]["r"] = 3
     made = config.load(config_file(schedule__links=2))
-    chain = chain_of(trainer.load_model(made.model), made)
+    chain = chain_of(load_model(made.model), made)
     trained = sum(p.numel() for p in chain.parameters())
     assert f"{len(chain.pairs())} layers, {trained:,} trainable" in dry_run(made)
 

@@ -18,8 +18,8 @@ from cola_fast.data import Data
 from cola_fast.encode import Example
 from cola_fast.layer import LoRALinear
 from cola_fast.peft_format import Factors
+from cola_fast.prepare import prepare
 from cola_fast.sharding import Rows
-from cola_fast.trainer import prepare
 
 from ..conftest import tiny_llama
 from .conftest import sealed

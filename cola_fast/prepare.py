@@ -1,0 +1,85 @@
+"""What a run needs before its first step, from the configuration alone: the base, the data's order, a link's ranks and
+examples. Nothing here writes to the disk, so bad input is refused before a run has begun.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from . import metrics, world
+from .batches import Feed
+from .calibration import Sample, draw
+from .chain import Chain
+from .config import Config
+from .data import Data
+from .errors import UserError
+from .link import derive_seed
+from .methods import GRADIENT, RANKS, wanted_by
+from .models import load_model, resolve_device, resolve_dtype
+from .optimizer import make_optimizer
+from .schedule import Schedule, plan
+
+
+def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule, Feed]:
+    """The data's order and the schedule that follows from its length."""
+    t = config.train
+    metrics.require(t.loggers)
+    if not data.train:
+        raise UserError("The training set is empty once the examples that do not fit have been dropped.")
+    if (config.schedule.plateau or t.early_stop) and not data.eval:
+        key = "schedule.plateau" if config.schedule.plateau else "train.early_stop"
+        raise UserError(f"{key} needs a validation set: set data.eval or data.eval_share.")
+    if t.accumulation % world.size():
+        raise UserError(
+            f"train.accumulation is {t.accumulation}, but {world.size()} processes share the forward passes of a step: "
+            f"set it to {world.size()} or a multiple (and train.batch_size lower, for as many rows a step as before)."
+        )
+    feed = Feed(data.train, t, max_length=data.max_length, flat=flat)
+    steps_per_epoch = math.ceil(len(feed) / t.accumulation)
+    return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), feed
+
+
+def load_base(config: Config) -> tuple[nn.Module, torch.device | None]:
+    """The model on this process's device; or on the CPU, with the device that it is to be sharded onto."""
+    settings = replace(config.model, device=world.device(config.model.device))
+    if not config.train.shard or world.size() == 1:
+        return load_model(settings), None
+    device = resolve_device(settings.device)
+    wide = resolve_dtype(settings.dtype, device) == torch.float32
+    return load_model(replace(settings, device="cpu", dtype="fp32" if wide else "bf16")), device
+
+
+def choose_ranks(config: Config, model: nn.Module, data: Data, link: int) -> dict[str, int] | None:
+    """What the method chooses for link `link`, the same on all ranks."""
+    found = RANKS.choose(config.chain.ranks)(model, data.train, config.chain, link)
+    return world.lead(lambda: found)
+
+
+def looked_at(config: Config, data: Data, link: int) -> list[Sample] | None:
+    """What the init looks at before a link: training examples drawn by a seed of their own, not from the feed."""
+    c, t = config.chain, config.train
+    if wanted_by(c.init).see is None:
+        return None
+    return draw(data.train, c.calibration, t.batch_size, derive_seed(t.seed, "calibration", link))
+
+
+def original_model(config: Config) -> nn.Module | None:
+    """The model before it was quantised, if the init wants it; on the CPU."""
+    if not (wanted_by(config.chain.init).corrects and config.model.load_in_4bit):
+        return None
+    return load_model(replace(config.model, load_in_4bit=False, device="cpu"))
+
+
+def rehearse(chain: Chain, config: Config) -> None:
+    """Do with the open link what a step does first, so that parts that do not fit each other are refused at once."""
+    t, pairs = config.train, chain.pairs()
+    make_optimizer(chain, t)
+    if t.gradient is not None:
+        GRADIENT.choose(t.gradient)(pairs, t)  # there are no gradients yet, so that it changes nothing
+    if t.after_step is not None:
+        for pair in pairs:
+            pair.require_e(f"train.after_step: {t.after_step}")
