@@ -153,5 +153,5 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
         return kind.from_pretrained(str(folder) if folder.is_dir() else config.name, **options)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not folder.is_dir() else ""
         raise UserError(f"The model {config.name} could not be loaded{offline}: {reason}.") from error

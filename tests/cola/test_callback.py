@@ -242,8 +242,10 @@ def test_same_chain_as_our_own_trainer(raw_config: dict[str, Any], tmp_path: Pat
         ({"shares": (1, 2)}, "schedule.shares has 2 entries"),
         ({"method": "polo"}, "must be one of"),
         ({"lr_span": "local"}, "must be one of global, restart"),
+        ({"method": "rac-lora"}, "rac-lora sets chain.frozen to a, but this chain has None: attach it so"),
+        ({"method": "gelora"}, "gelora sets chain.ranks to gelora"),
     ],
-    ids=["links", "shares", "method", "lr_span"],
+    ids=["links", "shares", "method", "lr_span", "another-chain", "ranks"],
 )
 def test_a_schedule_that_makes_no_sense(callback: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=sentence):

@@ -100,8 +100,9 @@ def test_bad_values_are_one_clear_sentence(override: str, sentence: str) -> None
         ("a: [1", r"line 1 is not valid YAML|line 2 is not valid YAML"),
         ("- a\n- b", r"holds a list, but a configuration is a mapping"),
         ("", r"model.name is missing"),
+        ("chain: {method: [cola, lora]}\nschedule: 3", r"set schedule.links|schedule is 3"),
     ],
-    ids=["broken", "list", "empty"],
+    ids=["broken", "list", "empty", "section"],
 )
 def test_bad_files(tmp_path: Path, content: str, sentence: str) -> None:
     path = tmp_path / "c.yaml"

@@ -313,6 +313,14 @@ def test_bad_input_is_one_sentence(tokenizer: Any, write: Any, case: str) -> Non
     assert "\n" not in str(error.value)
 
 
+def test_text_that_is_not_utf_8(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"text": "café"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.jsonl is not UTF-8|cannot be read as jsonl") as error:
+        load(tokenizer, str(path))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["gone.jsonl", "/no/such/file", "./gone", "a/b/c", "not a name"])
 def test_a_missing_file_is_said_at_once(tokenizer: Any, name: str, monkeypatch: Any) -> None:
     import datasets

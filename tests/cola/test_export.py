@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_fast import UserError, attach
+from cola_fast import UserError, attach, load_chain
 from cola_fast.peft_format import Factors, decode, encode
 
 from ..conftest import disturb, snapshot, tiny_llama
@@ -94,6 +94,18 @@ def test_nothing_is_overwritten(what: str, tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
     getattr(chain, what)(tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_there_must_be_something_to_export(tmp_path: Path) -> None:
+    chain = attach(tiny_llama(), r=2)
+    chain.save(tmp_path / "run")
+    empty = load_chain(tiny_llama(), tmp_path / "run", links=0)
+    with pytest.raises(UserError, match="no link to export"):
+        empty.export_adapter(tmp_path / "adapter")
+    plain = attach(nn.Sequential(nn.Linear(8, 8)), targets=["0"], r=2)
+    with pytest.raises(UserError, match=r"is a transformers checkpoint, but the model is a Sequential"):
+        plain.export_merged(tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_format_round_trip() -> None:

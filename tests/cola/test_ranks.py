@@ -193,13 +193,15 @@ def test_a_run_records_its_ranks_and_does_not_estimate_again(
 
     monkeypatch.setattr(ranks, "gelora_ranks", counted)
     gelora = {"every_link": every_link, "mean_rank": 3.0}
-    path = config_file(chain__method=["cola", "gelora"], chain__gelora=gelora, chain__rank_pattern={"v_proj": 5})
+    written = {"model.layers.1.self_attn.q_proj": 6, "v_proj": 5}
+    path = config_file(chain__method=["cola", "gelora"], chain__gelora=gelora, chain__rank_pattern=written)
     trainer.train(config.load(path), quiet=True)
     assert len(calls) == (3 if every_link else 1)
     record = json.loads((tmp_path / "run" / "chain.json").read_text())
     assert record["scaling"] == "constant"
     for link in record["links"]:
         assert link["ranks"]["model.layers.1.self_attn.v_proj"] == 5  # what the user writes wins
+        assert link["ranks"]["model.layers.1.self_attn.q_proj"] == 6
         assert link["ranks"]["model.layers.0.self_attn.q_proj"] - (link["index"] if every_link else 0) in (1, 2)
     trainer.train(config.load(path), quiet=True)
     assert len(calls) == (3 if every_link else 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -321,6 +322,14 @@ def test_sealing_on_a_full_disk_leaves_the_link_open(
         ),
         ({"train__loggers": ["trackio"]}, r"logger trackio is not installed: pip install"),
         ({"data__label_column": "lable"}, r"has no column 'lable'"),
+        ({"train__weight_decay": -0.1}, r"train.weight_decay is -0.1"),
+        ({"train__betas": [0.9, 1.5]}, r"train.betas is \[0.9, 1.5\]"),
+        ({"train__eps": 0}, r"train.eps is 0"),
+        ({"chain__gate": "sora", "train__gradient": "lora-pro"}, r"lora-pro knows no gates on the rank"),
+        ({"chain__gate": "sora", "train__optimizer": "lora-rite"}, r"lora-rite"),
+        ({"chain__gate": "dora", "train__after_step": "sora"}, r"after_step: sora needs gates on the rank"),
+        ({"chain__base": "dense", "model__load_in_4bit": True}, r"chain.base is dense, but model.load_in_4bit is set"),
+        ({"out": "/proc/nowhere/run"}, r"/proc/nowhere/run could not be written|no folder that can be written in"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -333,6 +342,15 @@ def test_bad_input_changes_nothing_on_disk(
         train(path)
     assert "\n" not in str(caught.value)
     assert snapshot(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_were_cut_off(config_file: Callable[..., str], tmp_path: Path, tiny_folder: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"The model .*model could not be loaded: .*header"):
+        train(config_file(model__name=str(tmp_path / "model")))
     assert not (tmp_path / "run").exists()
 
 
