@@ -49,7 +49,7 @@ def plan_run(config: Config) -> Plan:
     c, t, in_4bit = config.chain, config.train, config.model.load_in_4bit
     ranks = [span.rank for span in schedule.spans]
     chain = attach(
-        model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base="auto" if in_4bit else c.base,
+        model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base="ledger" if in_4bit else c.base,
         rank_pattern=c.rank_pattern, first_rank=max(ranks), scaling=c.scaling, frozen=c.frozen, share=c.share,
         gate=c.gate,
     )  # fmt: skip

@@ -260,6 +260,12 @@ def test_the_memory_estimate_counts_4_bits(qlora: dict[str, Any]) -> None:
     assert 0.2 * weights[False] < weights[True] < 0.5 * weights[False]
 
 
+def test_a_dry_run_refuses_what_4_bits_cannot_do(qlora: dict[str, Any]) -> None:
+    qlora["chain"]["gate"] = "dora"
+    with pytest.raises(UserError, match=r"\(DoRA\), which only a dense weight can take"):
+        dry_run(config.from_dict(qlora))
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
