@@ -112,7 +112,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         best = max(one["tried"], key=lambda row: row["validation"]["accuracy"])
         rates = ", ".join(f"{row['lr']:g}: {row['validation']['accuracy']:.3f}" for row in one["tried"])
         lines.append([one["method"], str(best["links"]), _span(best["ranks"]), rates, *_figures(best)])
-    header = ["method", "links", "rank", "learning rate: validation accuracy", "test loss", "test accuracy"]
+    header = ["method", "links", "sealed rank", "learning rate: validation accuracy", "test loss", "test accuracy"]
     note = (
         f"SmolLM2-135M, {STEPS} steps of the demo's task, one seed; the next rate is tried where validation accuracy "
         f"stays below {LEARNT}. Which method is best does not follow from this. {describe(result)}"
