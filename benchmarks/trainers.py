@@ -37,7 +37,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from cola_fast import attach, metrics, models, trainer
+from cola_fast import attach, metrics, models, prepare, trainer
 from cola_fast.batches import Batch, Feed, collate
 from cola_fast.config import Config
 from cola_fast.data import load_data
@@ -90,7 +90,7 @@ def ours(problem: Problem, watch: Watch = lambda model: model) -> Times:
     with tempfile.TemporaryDirectory() as folder:
         every_span = replace(problem.config.train, log_every=problem.span)
         chosen = replace(problem.config, out=f"{folder}/run", train=every_span)
-        with patch.object(trainer, "load_model", lambda config: watch(models.load_model(config))):
+        with patch.object(prepare, "load_model", lambda config: watch(models.load_model(config))):
             trainer.train(chosen, quiet=True)
         rows = [row for row in metrics.read(Path(chosen.out)) if row["event"] == "train"]
     spans = zip(pairwise(problem.marks), rows[1:], strict=False)
@@ -109,7 +109,7 @@ class _EveryPosition(Feed):
 
 
 def ours_all_logits(problem: Problem, watch: Watch = lambda model: model) -> Times:
-    with patch.object(trainer, "Feed", _EveryPosition):
+    with patch.object(prepare, "Feed", _EveryPosition):
         return ours(problem, watch)
 
 

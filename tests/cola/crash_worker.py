@@ -43,7 +43,7 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 import transformers
 
-from cola_fast import UserError, bases, config, layer, plot, store, trainer
+from cola_fast import UserError, bases, config, layer, plot, prepare, store, trainer
 from cola_fast.methods import INIT
 
 transformers.utils.logging.disable_progress_bar()
@@ -137,8 +137,8 @@ def train(command: dict[str, Any], rank: int, answer: int) -> NoReturn:
     operations, rows = count_operations(*(command.get(key) if chosen else None for key in keys)), count_rows()
     refusal, code = None, 1
     if command.get("double"):
-        load, kaiming = trainer.load_model, INIT["kaiming"]
-        trainer.load_model = lambda settings: load(settings).double()
+        load, kaiming = prepare.load_model, INIT["kaiming"]
+        prepare.load_model = lambda settings: load(settings).double()
         INIT["kaiming"] = lambda site: kaiming(replace(site, dtype=torch.float32))  # the same numbers drawn
         layer.LoRALinear.open = in_double(layer.LoRALinear.open)  # type: ignore[method-assign]
     try:
@@ -185,6 +185,6 @@ if __name__ == "__main__":
         command = json.loads(line)
         if not warm:  # most of a short run is transformers' lazy imports: have them before the first fork
             settings = config.load(command["config"]).model
-            trainer.load_model(settings), trainer.load_tokenizer(settings)
+            prepare.load_model(settings), trainer.load_tokenizer(settings)
             warm = True
         print(json.dumps(run(command)), flush=True)
