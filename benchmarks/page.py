@@ -51,9 +51,10 @@ def page(
             parts.append("<p>Not measured.</p>")
         for result, charts, tables in results:
             parts.append(f"<p>{escape(describe(result))}</p>")
-            parts += [draw(chart) for chart in charts if chart.rows] or [_picture(name, result)]
+            drawn = [draw(chart) for chart in charts if chart.rows] or [_picture(name, result)]
             blocks = "".join(_block(text) for text in tables.values())
-            parts.append(f"<details><summary>the figures</summary>{blocks}</details>")
+            shown = "" if any(drawn) else " open"  # where there is no picture, the tables are all there is
+            parts += [*drawn, f"<details{shown}><summary>the figures</summary>{blocks}</details>"]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
