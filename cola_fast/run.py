@@ -87,9 +87,9 @@ def load_config(run: Path) -> Config:
     return configuration.load(run / CONFIG_FILE)
 
 
-def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+def flatten(nested: dict[str, Any], path: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
+    for key, value in nested.items():
         name = f"{path}.{key}" if path else key
         flat |= flatten(value, name) if isinstance(value, dict) else {name: value}
     return flat

@@ -123,10 +123,10 @@ def lock(folder: Path) -> Iterator[None]:
 
 def sweep(folder: Path) -> None:
     """Remove what an interrupted write left behind. Only for the process that holds the folder's lock."""
-    for path in folder.rglob(".*.old"):
+    for path in list(folder.rglob(".*.old")):  # before any is moved
         replaced = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
         shutil.rmtree(path) if replaced.exists() else path.rename(replaced)
-    for path in folder.rglob(".*.tmp"):
+    for path in list(folder.rglob(".*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

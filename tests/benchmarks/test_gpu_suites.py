@@ -176,6 +176,7 @@ def test_what_no_time_is_left_for_is_not_started(tmp_path: Path) -> None:
     assert {stage["status"] for stage in stages} == {"not started"}
 
 
+# what it refuses is a machine without a GPU: with one it would measure for minutes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_without_a_gpu_only_a_rehearsal_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(tmp_path / "out", 500.0, quick=False) == 2

@@ -10,6 +10,7 @@ import torch
 from benchmarks import harness, quality_cost
 from benchmarks.quality_arms import ARMS
 
+# without a GPU the peak is that of the process, which only Linux lets us read and reset
 on_linux = pytest.mark.skipif(
     torch.cuda.is_available() or not Path("/proc/self/clear_refs").exists(), reason="reads Linux's own counters"
 )

@@ -16,6 +16,7 @@ from cola_fast import attach
 
 from ..conftest import disturb, tiny_llama
 
+# inductor compiles C++ for a CPU; the eager backend checks the graph on every machine
 INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")]
 
 

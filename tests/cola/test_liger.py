@@ -24,6 +24,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Triton's interpreter lacks for these kernels: floats as arguments, and the GPU's rsqrt."""
     pytest.importorskip("liger_kernel")
     if torch.cuda.is_available():
+        # Triton then compiles for it, and the patches below are for the interpreter only
         pytest.skip("kernels are not interpreted beside a GPU")
     import liger_kernel.ops.rms_norm
     import numpy as np

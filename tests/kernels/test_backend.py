@@ -77,6 +77,7 @@ def test_the_kernels_need_neither_the_library_nor_transformers():
     assert result.stdout.strip() == "[]"
 
 
+# CUDA graphs exist on a GPU only
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_captured_graph_replays_with_new_inputs():

@@ -150,7 +150,7 @@ def test_ops_keep_their_contract_with_torch():
 def test_the_seeded_gemm(monkeypatch, forward, tma, rank):
     """Never the rule on this machine, so launched by hand; 300 rows are several tiles for a program."""
     if DEVICE == "cuda" and tma and not matmul.has_tma(torch.device(DEVICE)):
-        pytest.skip("this GPU has no TMA")
+        pytest.skip("this GPU has no TMA")  # a unit of Hopper and later; the interpreter stands in for it elsewhere
     monkeypatch.setattr(matmul, "has_tma", lambda device: tma)
     p = make_problem(300, 72, 136, rank, torch.float16, bias=True)
     if forward:
@@ -201,6 +201,7 @@ def test_every_configuration_of_the_skinny_kernels(rank):
                 assert error(value, expected) < 1e-3, config  # half an ulp of fp16 is 4.9e-4
 
 
+# 2.3e9 elements would take the interpreter hours
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 def test_more_elements_than_int32_counts():
