@@ -56,6 +56,7 @@ def joined() -> Iterator[None]:
     _rank, _size = dist.get_rank(), dist.get_world_size()
     try:
         yield
+        dist.barrier()  # who goes first closes connections that others may still be using
     finally:
         _rank, _size = 0, 1
         if ours:
