@@ -106,9 +106,10 @@ def read(weight: Tensor) -> NF4:
             "model again, or call unpack_nf4_(weight) to go on with the rounded scales."
         )
     shape, blocksize = tuple(state.shape), int(state.blocksize)
-    if len(shape) != 2 or shape[1] % blocksize or 2 * weight.nbytes != shape[0] * shape[1]:
+    size = weight.numel() * weight.element_size()  # nbytes cannot be traced once a compiled function saw two shapes
+    if len(shape) != 2 or shape[1] % blocksize or 2 * size != shape[0] * shape[1]:
         raise ValueError(
-            f"weight is NF4 of shape {list(shape)} in blocks of {blocksize}, {weight.nbytes} bytes, but must be [N, K] "
+            f"weight is NF4 of shape {list(shape)} in blocks of {blocksize}, {size} bytes, but must be [N, K] "
             "with K a multiple of the block and two elements a byte: choose another block size."
         )
     codes = weight.detach().view(-1).view(torch.uint8).view(shape[0], shape[1] // 2)
