@@ -149,7 +149,7 @@ def _ways(x: Tensor, w: Tensor, u: Tensor, v: Tensor) -> dict[str, Callable[[], 
     }
     rank = tuning.rank_block(u.shape[1], u.dtype, matmul.MAX_RANK_BLOCK)
     shape = tuning.Shape(x.device, x.dtype, tuning.bucket(x.shape[0]), w.shape[1], rank, False)
-    candidates = matmul.gemm_configs(shape, matmul.has_tma(x.device))
+    candidates = matmul.gemm_configs(shape, tuning.is_hopper(x.device))
     kept = tuning.table(tuning.gpu_name(x.device)).get(shape.key(matmul.gemm_name(w)))
     config = kept or next((c for c in candidates if c is not None), None)
     if config is not None:

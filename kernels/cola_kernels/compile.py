@@ -52,6 +52,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     config: Config
     rule: bool  # a first candidate
+    hopper: bool | None = None  # for such GPUs only, for others only, or for all
     odd: bool = False  # M and R are no multiples of 16, which a launch finds out and compiles for
 
     def label(self) -> str:
@@ -83,8 +84,9 @@ def cases() -> list[Case]:
     """Everything the launchers can ask for, with K and N multiples of 16, and M and R both or neither."""
     found: dict[str, Case] = {}
     for case in itertools.chain(_skinny_cases(), _matmul_cases(), _merge_cases(), _gate_cases(), _nf4_cases()):
-        rule = case.rule or (case.label() in found and found[case.label()].rule)  # for any number of tokens
-        found[case.label()] = case._replace(rule=rule)
+        earlier = found.get(case.label(), case)  # for another number of tokens, or another GPU
+        hopper = case.hopper if case.hopper == earlier.hopper else None
+        found[case.label()] = case._replace(rule=case.rule or earlier.rule, hopper=hopper)
     odd = [case._replace(odd=True) for case in found.values() if "R" in case.kernel.arg_names]
     return [*found.values(), *odd]
 
@@ -106,16 +108,21 @@ def _skinny_cases() -> Iterator[Case]:
             # A is read as it lies; where dS alone is wanted, B is read as its transpose, and nothing is dropped.
             for unit in ("stride_ak",) if shape.dropout else ("stride_ak", "stride_ar"):
                 yield Case(skinny._project_kernel, "project", dtype, {}, {**common, unit: 1}, config, i == 0)
-        for i, strip in enumerate(skinny.strip_configs(shape)):
-            config = {k: v for k, v in strip.items() if k != "ROWS"}  # not a constant
-            constants = {**common, "stride_dsr": 1}
-            types = {"p_da": "*fp32"}
+        for i, config in enumerate(map(_without_rows, skinny.factor_grad_configs(shape))):
+            constants, types = {**common, "stride_dsr": 1}, {"p_da": "*fp32"}
             yield Case(skinny._factor_grad_kernel, "factor_grad", dtype, types, constants, config, i == 0)
-            if not shape.dropout and shape.rank <= skinny.MAX_RANK_BLOCK_OUTPUT:
-                constants = {"stride_dyn": 1, "stride_br": 1, "stride_sr": 1, "BR": shape.rank}
-                types = {"p_ds": "*fp32", "p_db": "*fp32"}
-                yield Case(skinny._output_grads_kernel, "output_grads", dtype, types, constants, config, i == 0)
+        if not shape.dropout and shape.rank <= skinny.MAX_RANK_BLOCK_OUTPUT:
+            constants = {"stride_dyn": 1, "stride_br": 1, "stride_sr": 1, "BR": shape.rank}
+            types = {"p_ds": "*fp32", "p_db": "*fp32"}
+            for hopper in (False, True):
+                for i, config in enumerate(map(_without_rows, skinny.output_grads_configs(shape, hopper))):
+                    kernel = skinny._output_grads_kernel
+                    yield Case(kernel, "output_grads", dtype, types, constants, config, i == 0, hopper)
         yield Case(skinny._sum_kernel, "sum", dtype, {"p_parts": "*fp32"}, {}, skinny.SUM_CONFIG, True)
+
+
+def _without_rows(config: Config) -> Config:
+    return {k: v for k, v in config.items() if k != "ROWS"}  # not a constant of the kernel
 
 
 def _matmul_cases() -> Iterator[Case]:
@@ -125,15 +132,18 @@ def _matmul_cases() -> Iterator[Case]:
         for forward in [False] if shape.dropout else [False, True]:
             constants: dict[str, Any] = {"BIAS": forward, "BR": shape.rank, "stride_ur": 1}
             constants |= {"stride_vr": 1} if forward else {"stride_vp": 1, "p_bias": None}
-            for i, config in enumerate(matmul.seed_configs(shape)):
-                yield Case(matmul._seed_kernel, "seed", dtype, {}, {**constants, **_dropout(shape)}, config, i == 0)
+            for hopper in (False, True):
+                for i, config in enumerate(matmul.seed_configs(shape, hopper)):
+                    flags = {**constants, **_dropout(shape)}
+                    yield Case(matmul._seed_kernel, "seed", dtype, {}, flags, config, i == 0, hopper)
             constants |= {"W_ROWS_ARE_P": forward, "stride_wl" if forward else "stride_wp": 1, "stride_xl": 1}
-            gemms = [(tma, gemm) for tma in (False, True) for gemm in matmul.gemm_configs(shape, tma) if gemm]
-            for tma, gemm in gemms:
+            gemms = [(hopper, gemm) for hopper in (False, True) for gemm in matmul.gemm_configs(shape, hopper) if gemm]
+            for hopper, gemm in gemms:
                 blocks = ([gemm["BM"], gemm["BL"]], [gemm["BP"], gemm["BL"]] if forward else [gemm["BL"], gemm["BP"]])
-                kinds = [f"tensordesc<{dtype}{block}>" if tma else f"*{dtype}" for block in blocks]
+                kinds = [f"tensordesc<{dtype}{block}>" if hopper else f"*{dtype}" for block in blocks]
                 types = dict(zip(("x", "w"), kinds, strict=True))
-                yield Case(matmul._gemm_kernel, "gemm", dtype, types, {**constants, "TMA": tma}, gemm, False)
+                flags = {**constants, "TMA": hopper}
+                yield Case(matmul._gemm_kernel, "gemm", dtype, types, flags, gemm, False, hopper)
 
 
 def _merge_cases() -> Iterator[Case]:
@@ -175,8 +185,7 @@ def _nf4_cases() -> Iterator[Case]:
 
 
 def runs_on(case: Case, target: str) -> bool:
-    """The GEMM uses TMA where there is one, from sm_90 on, and pointers elsewhere."""
-    return case.constants.get("TMA") in (None, target in ("sm_90", "sm_100"))
+    return case.hopper in (None, target in ("sm_90", "sm_100"))
 
 
 def compile_case(case: Case, target: str) -> Usage:

@@ -22,10 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import INTERPRET
 from .philox import dropout_threshold, inverse_keep
-from .tiles import dot, draws
-from .tuning import Config, Shape, bucket, cdiv, choose, rank_block
+from .tiles import dot, kept
+from .tuning import Config, Shape, bucket, cdiv, choose, is_hopper, rank_block
 
 MAX_RANK_BLOCK = 32  # of U V; a larger rank takes several
 
@@ -86,13 +85,23 @@ def _seed_kernel(
     first_p = tl.program_id(0) % tiles_p * BP
     o_m = (tl.program_id(0) // tiles_p).to(tl.int64) * BM + tl.arange(0, BM)
     o_p = first_p + tl.arange(0, BP)
-    acc = _product(p_u, p_v, o_m, o_p, M, P, R, stride_um, stride_ur, stride_vr, stride_vp, BM, BP, BR) * scale
+    o_v = o_p  # the columns of V
     if DROPOUT:
-        acc = tl.where(draws(p_seed, o_m, first_p, P, BP) >= threshold, acc, 0.0)
+        # A thread of the tensor cores holds two neighbours of every eight columns: it would need a quarter of many
+        # Philox blocks. Taking the columns in this order, and putting the product back, gives it whole blocks.
+        o_i = tl.arange(0, BP)
+        o_i = o_i // 32 * 32 + o_i % 2 + o_i // 8 % 4 * 2 + o_i // 2 % 4 * 8
+        o_v = tl.max_contiguous(tl.multiple_of(first_p + o_i, 2), 2)
+    acc = _product(p_u, p_v, o_m, o_v, M, P, R, stride_um, stride_ur, stride_vr, stride_vp, BM, BP, BR) * scale
     if BIAS:
+        tl.static_assert(not DROPOUT, "Y has a bias and dX dropout; nothing has both")
         acc += tl.load(p_bias + o_p, mask=o_p < P, other=0.0).to(tl.float32)[None, :]
+    b_c = acc.to(p_c.dtype.element_ty)
+    if DROPOUT:
+        b_c = tl.reshape(b_c, [BM, BP // 32, 4, 4, 2]).permute(0, 1, 3, 2, 4).reshape(BM, BP)
+        b_c = tl.where(kept(p_seed, o_m, first_p, P, threshold, BP), b_c, 0.0)
     m_c = (o_m < M)[:, None] & (o_p < P)[None, :]
-    tl.store(p_c + o_m[:, None] * P + o_p[None, :], acc.to(p_c.dtype.element_ty), mask=m_c)
+    tl.store(p_c + o_m[:, None] * P + o_p[None, :], b_c, mask=m_c)
 
 
 @triton.jit
@@ -155,21 +164,27 @@ def _gemm_kernel(
         tl.store(p_c + o_m[:, None] * P + o_p[None, :], acc.to(p_c.dtype.element_ty), mask=m_c)
 
 
-def seed_configs(shape: Shape) -> list[Config]:
+def seed_configs(shape: Shape, hopper: bool) -> list[Config]:
     if shape.dtype == torch.float32:
         return [{"BM": 16, "BP": 32, "num_warps": 4, "num_stages": 1}]
-    large = [
+    large: list[Config] = [
         {"BM": 128, "BP": 128, "num_warps": 8, "num_stages": 2},
         {"BM": 64, "BP": 256, "num_warps": 8, "num_stages": 2},
     ]
-    return large if shape.dropout else [{"BM": 64, "BP": 128, "num_warps": 4, "num_stages": 2}, *large]
+    if not shape.dropout:
+        return [{"BM": 64, "BP": 128, "num_warps": 4, "num_stages": 2}, *large]
+    small: list[Config] = [
+        {"BM": 64, "BP": 128, "num_warps": 8, "num_stages": 2},
+        {"BM": 64, "BP": 64, "num_warps": 4, "num_stages": 2},
+    ]
+    return [*large, *small] if hopper else small  # on older GPUs the large ones spill
 
 
-def gemm_configs(shape: Shape, tma: bool) -> list[Config | None]:
+def gemm_configs(shape: Shape, hopper: bool) -> list[Config | None]:
     """None is the addmm way: the only one with dropout, since masking the accumulator runs out of registers."""
     if shape.dtype == torch.float32 or shape.dropout:
         return [None]
-    if not tma:
+    if not hopper:  # no TMA
         return [
             None,
             {"BM": 128, "BP": 128, "BL": 32, "GROUP": 8, "num_warps": 8, "num_stages": 4},
@@ -198,8 +213,8 @@ def launch_seeded_matmul(
     if m == 0:
         return x.new_empty(m, p)
     shape = Shape(x.device, x.dtype, bucket(m), p, rank_block(u.shape[1], u.dtype, MAX_RANK_BLOCK), seed is not None)
-    tma = has_tma(x.device)
-    config = choose(gemm_name(w), functools.partial(gemm_configs, tma=tma), shape)
+    tma = is_hopper(x.device)
+    config = choose(gemm_name(w), functools.partial(gemm_configs, hopper=tma), shape)
     if config is not None and (not tma or (_describable(x) and _describable(_as_stored(w)))):
         return run_gemm(config, x, w, u, v, scale, bias)
     return launch_seed(u, v, scale, bias, dropout, seed).addmm_(x, w)
@@ -213,9 +228,8 @@ def gemm_name(w: Tensor) -> str:
 def launch_seed(u: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: float, seed: Tensor | None) -> Tensor:
     """C0 [M, P]."""
     rank = rank_block(u.shape[1], u.dtype, MAX_RANK_BLOCK)
-    config = choose(
-        "seed", seed_configs, Shape(u.device, u.dtype, bucket(u.shape[0]), v.shape[1], rank, seed is not None)
-    )
+    shape = Shape(u.device, u.dtype, bucket(u.shape[0]), v.shape[1], rank, seed is not None)
+    config = choose("seed", functools.partial(seed_configs, hopper=is_hopper(u.device)), shape)
     return run_seed(config, u, v, scale, bias, dropout, seed)
 
 
@@ -256,7 +270,7 @@ def run_gemm(config: Config, x: Tensor, w: Tensor, u: Tensor, v: Tensor, scale: 
     c = x.new_empty(m, p)
     bm, bp, bl = config["BM"], config["BP"], config["BL"]
     w_rows_are_p = w.stride(0) == 1
-    tma = has_tma(x.device)
+    tma = is_hopper(x.device)
     operands: tuple[Any, Any] = (x, w)
     if tma:
         from triton.tools.tensor_descriptor import TensorDescriptor  # Triton 3.4; older ones have the addmm way
@@ -287,13 +301,6 @@ def run_gemm(config: Config, x: Tensor, w: Tensor, u: Tensor, v: Tensor, scale: 
         **config,
     )
     return c
-
-
-@functools.cache
-def has_tma(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return INTERPRET
-    return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= 9
 
 
 def _as_stored(w: Tensor) -> Tensor:

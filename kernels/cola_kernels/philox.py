@@ -21,8 +21,8 @@ ROUNDS = 7
 DRAWS_PER_BLOCK = 8
 DRAW_RANGE = 1 << 16
 
-_MULTIPLIER_0, _MULTIPLIER_2 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+MULTIPLIER_0, MULTIPLIER_2 = 0xD2511F53, 0xCD9E8D57
+WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 _SIGN_OF_BOTH_HALVES = 0x80008000 - (1 << 32)
 _TILE_BLOCKS = 1 << 16  # 512 KiB an int64 temporary
@@ -35,9 +35,9 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     """
     c0, c1, c2, c3 = counter
     turn = torch.arange(ROUNDS, device=key[0].device)
-    keys = ((word + turn * weyl).unbind() for word, weyl in zip(key, (_WEYL_0, _WEYL_1), strict=True))
+    keys = ((word + turn * weyl).unbind() for word, weyl in zip(key, (WEYL_0, WEYL_1), strict=True))
     for k0, k1 in zip(*keys, strict=True):
-        p0, p2 = (c0 & _LOW) * _MULTIPLIER_0, (c2 & _LOW) * _MULTIPLIER_2
+        p0, p2 = (c0 & _LOW) * MULTIPLIER_0, (c2 & _LOW) * MULTIPLIER_2
         c0, c1, c2, c3 = _mix(p2 >> 32, c1, k0), p2, _mix(p0 >> 32, c3, k1), p0
     return c0, c1, c2, c3
 

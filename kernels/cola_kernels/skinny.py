@@ -11,14 +11,16 @@ is applied to the product rather than to every element of x.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .philox import dropout_threshold, inverse_keep
-from .tiles import dot, draws
-from .tuning import Config, Shape, cdiv, choose, rank_block
+from .tiles import dot, kept
+from .tuning import Config, Shape, cdiv, choose, is_hopper, power_of_two, rank_block
 
 MAX_RANK_BLOCK = 128  # a larger rank is cut, and x read once for each block
 MAX_RANK_BLOCK_OUTPUT = 64  # output_grads holds two products at once
@@ -54,7 +56,7 @@ def _project_kernel(
         m_x = (o_m < M)[:, None] & in_k[None, :]
         b_x = tl.load(p_x + o_m[:, None] * stride_xm + o_k64[None, :] * stride_xk, mask=m_x, other=0.0)  # [BM, BK]
         if DROPOUT:
-            b_x = tl.where(draws(p_seed, o_m, k, K, BK) >= threshold, b_x, 0.0).to(b_x.dtype)
+            b_x = tl.where(kept(p_seed, o_m, k, K, threshold, BK), b_x, 0.0)
         m_a = in_k[:, None] & (o_r < R)[None, :]
         b_a = tl.load(p_a + o_k64[:, None] * stride_ak + o_r[None, :] * stride_ar, mask=m_a, other=0.0)  # [BK, BR]
         acc = dot(b_x, b_a, acc)
@@ -144,7 +146,7 @@ def _factor_grad_kernel(
         m_x = in_m[:, None] & in_k[None, :]
         b_x = tl.load(p_x + o_m[:, None] * stride_xm + o_k64[None, :] * stride_xk, mask=m_x, other=0.0)  # [BM, BC]
         if DROPOUT:
-            b_x = tl.where(draws(p_seed, o_m, first_k, K, BC) >= threshold, b_x, 0.0).to(b_x.dtype)
+            b_x = tl.where(kept(p_seed, o_m, first_k, K, threshold, BC), b_x, 0.0)
         m_ds = in_r[:, None] & in_m[None, :]
         b_ds = tl.load(p_ds + o_r[:, None] * stride_dsr + o_m[None, :] * stride_dsm, mask=m_ds, other=0.0)  # [BR, BM]
         acc = dot(b_ds, b_x, acc)
@@ -167,48 +169,83 @@ def _sum_kernel(p_parts, p_out, parts, count, scale, BT: tl.constexpr, BC: tl.co
 SUM_CONFIG: Config = {"BT": 16, "BC": 256, "num_warps": 4}
 
 
+# Of each list the first is the rule. They were ranked by what the compiled loops ask of a processor for each element
+# read: instructions, and bytes of shared memory, which bound a tile whose warps each read all of it.
+
+
 def project_configs(shape: Shape) -> list[Config]:
     if shape.dtype == torch.float32:  # multiplied without tensor cores: small tiles keep the unrolled code small
         return [{"BM": 32, "BK": 32, "num_warps": 4, "num_stages": 2}]
     # A is read again for every BM rows of x, from L2: the larger the rank, the taller the tile.
-    short: list[Config] = [
-        {"BM": 16, "BK": 256, "num_warps": 8, "num_stages": 3},
-        {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 4},
-    ]
-    middle: list[Config] = [
-        {"BM": 32, "BK": 128, "num_warps": 8, "num_stages": 3},
-        {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 3},
-    ]
-    tall: list[Config] = [
-        {"BM": 64, "BK": 128, "num_warps": 8, "num_stages": 2},
-        {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 2},
-    ]
     if shape.rank > 64:
         return [{"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 3}]
-    if shape.rank > 32 or shape.dropout:
-        tall = tall[1:]  # the first spills
     if shape.rank > 32:
-        middle = middle[1:]  # likewise
-        return [*middle, *tall] if shape.m <= 2048 else [*tall, *middle]
-    return [*short, *middle] if shape.m <= 2048 else [*middle, *tall, *short]
+        tall: list[Config] = [
+            {"BM": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
+            {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 2},
+        ]
+        middle: Config = {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 3}
+        return [middle, *tall] if shape.m <= 2048 else [*tall, middle]
+    tiles: list[Config] = [
+        {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 4},
+        {"BM": 32, "BK": 128, "num_warps": 4, "num_stages": 3},
+        {"BM": 64, "BK": 64, "num_warps": 8, "num_stages": 2},
+    ]
+    if shape.dropout:
+        tiles.append({"BM": 32, "BK": 256, "num_warps": 8, "num_stages": 2})
+    else:
+        tiles.append({"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 2})
+    short: list[Config] = [
+        {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 4},
+        {"BM": 16, "BK": 256, "num_warps": 8, "num_stages": 3},
+    ]
+    return [*short, *tiles] if shape.m <= 2048 else [*tiles, *short]
 
 
-def strip_configs(shape: Shape) -> list[Config]:
-    """For the kernels that walk down M: BC columns wide, ROWS rows long."""
+def output_grads_configs(shape: Shape, hopper: bool) -> list[Config]:
+    """Each strip of BC columns leaves a partial dS: the wider, the less is written. Hopper's tensor cores read tiles
+    of 64 rows where they lie, once; on other GPUs every warp loads them."""
     if shape.dtype == torch.float32:
-        return [{"BM": 16, "BC": 32, "ROWS": 256, "num_warps": 4, "num_stages": 2}]
-    rows = 128 if shape.m <= 2048 else 512  # few tokens: shorter runs, so that there are programs for every processor
-    wide: list[Config] = [
-        {"BM": 32, "BC": 256, "ROWS": rows, "num_warps": 8, "num_stages": 3},
-        {"BM": 32, "BC": 256, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
+        return [FP32_STRIP]
+    wide: Config = {"BM": 32, "BC": 256, "num_warps": 8, "num_stages": 3}
+    narrow: Config = {"BM": 64, "BC": 128, "num_warps": 8, "num_stages": 3}
+    if not hopper:
+        return _with_rows(shape, [narrow, wide] if shape.rank > 32 else [wide, narrow])
+    if shape.rank > 32:
+        return _with_rows(shape, [wide, {"BM": 64, "BC": 256, "num_warps": 8, "num_stages": 2}, narrow])
+    tall: Config = {"BM": 64, "BC": 256, "num_warps": 8, "num_stages": 3}
+    low: Config = {"BM": 32, "BC": 256, "num_warps": 4, "num_stages": 3}
+    tiles = [narrow, tall, low] if shape.m <= 2048 else [tall, low, narrow]
+    if shape.rank <= 16:
+        tiles.append({"BM": 64, "BC": 512, "num_warps": 8, "num_stages": 3})
+    return _with_rows(shape, tiles)
+
+
+def factor_grad_configs(shape: Shape) -> list[Config]:
+    if shape.dtype == torch.float32:
+        return [FP32_STRIP]
+    tiles: list[Config] = [
+        {"BM": 64, "BC": 128, "num_warps": 8, "num_stages": 2 if shape.dropout else 3},
+        {"BM": 32, "BC": 128, "num_warps": 4, "num_stages": 3},
     ]
-    narrow: list[Config] = [
-        {"BM": 64, "BC": 128, "ROWS": rows, "num_warps": 8, "num_stages": 3},
-        {"BM": 64, "BC": 128, "ROWS": rows * 2, "num_warps": 8, "num_stages": 3},
-    ]
-    if not shape.dropout:
-        narrow.append({"BM": 32, "BC": 128, "ROWS": rows * 2, "num_warps": 4, "num_stages": 3})
-    return [*wide, *narrow] if shape.rank <= 32 else [*narrow]
+    if shape.rank <= 32:
+        tiles.insert(0, {"BM": 32, "BC": 256, "num_warps": 8, "num_stages": 3})
+        tiles.append({"BM": 16, "BC": 256, "num_warps": 4, "num_stages": 3})
+    return _with_rows(shape, tiles)
+
+
+FP32_STRIP: Config = {"BM": 16, "BC": 32, "ROWS": 256, "num_warps": 4, "num_stages": 3}
+
+
+def _with_rows(shape: Shape, tiles: list[Config]) -> list[Config]:
+    """Runs of ROWS rows: long ones leave less to add up, short ones keep every processor busy. Twice as long, too."""
+
+    def rows(tile: Config) -> int:
+        strips = cdiv(shape.columns, tile["BC"])
+        fewest = 128 if shape.m <= 2048 else 256
+        return min(max(power_of_two(shape.m * strips // 256, fewest), fewest), 1024)
+
+    return [{**tile, "ROWS": rows(tile) * times} for times in (1, 2) for tile in tiles]
 
 
 def launch_project(x: Tensor, a: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
@@ -244,7 +281,7 @@ def run_project(config: Config, x: Tensor, a: Tensor, scale: float, dropout: flo
 
 def launch_output_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     shape = Shape.of(dy, rank_block(b.shape[1], dy.dtype, MAX_RANK_BLOCK_OUTPUT), None)
-    config = choose("output_grads", strip_configs, shape)
+    config = choose("output_grads", functools.partial(output_grads_configs, hopper=is_hopper(dy.device)), shape)
     return run_output_grads(config, dy, b, s, scale, dtype)
 
 
@@ -279,7 +316,7 @@ def run_output_grads(
 
 def launch_factor_grad(ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
     shape = Shape.of(x, rank_block(ds.shape[1], x.dtype, MAX_RANK_BLOCK), seed)
-    config = choose("factor_grad", strip_configs, shape)
+    config = choose("factor_grad", factor_grad_configs, shape)
     return run_factor_grad(config, ds, x, dropout, seed, dtype)
 
 

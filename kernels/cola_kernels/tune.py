@@ -34,7 +34,7 @@ import triton
 from torch import Tensor
 
 from . import backend, matmul, skinny
-from .tuning import Shape, bucket, gpu_name, rank_block, table_name
+from .tuning import Shape, bucket, gpu_name, is_hopper, rank_block, table_name
 
 LAYERS = "4096x4096,1024x4096,14336x4096,4096x14336,2048x2048,512x2048,8192x2048,2048x8192"  # Llama 3.1 8B, 3.2 1B
 NOISE = 0.02
@@ -90,11 +90,11 @@ def jobs(i: Inputs) -> Iterator[Job]:
         run = _with_config(skinny.run_project, i.x, i.lora_a, 1.0, dropout, seed)
         yield Job(shape.key("project"), skinny.project_configs(shape), run, _bytes(i.x, i.lora_a, i.s))
         run = _with_config(skinny.run_factor_grad, i.s, i.x, dropout, seed, i.x.dtype)
-        yield Job(shape.key("factor_grad"), skinny.strip_configs(shape), run, _bytes(i.s, i.x, i.lora_a))
+        yield Job(shape.key("factor_grad"), skinny.factor_grad_configs(shape), run, _bytes(i.s, i.x, i.lora_a))
     shape = Shape.of(i.dy, rank_block(rank, i.dy.dtype, skinny.MAX_RANK_BLOCK_OUTPUT), None)
     run = _with_config(skinny.run_output_grads, i.dy, i.lora_b, i.s, 1.0, i.dy.dtype)
     moved = _bytes(i.dy, i.lora_b, i.s, i.s, i.lora_b)
-    yield Job(shape.key("output_grads"), skinny.strip_configs(shape), run, moved)
+    yield Job(shape.key("output_grads"), skinny.output_grads_configs(shape, is_hopper(i.dy.device)), run, moved)
     forward, backward = (i.x, i.weight.t(), i.s, i.lora_b.t()), (i.dy, i.weight, i.s, i.lora_a)
     for operands, dropout, seed in ((forward, 0.0, None), (backward, 0.0, None), (backward, 0.1, i.seed)):
         yield from _matmul_jobs(operands, dropout, seed)
@@ -106,14 +106,14 @@ def _matmul_jobs(operands: tuple[Tensor, ...], dropout: float, seed: Tensor | No
     shape = Shape(x.device, x.dtype, bucket(x.shape[0]), w.shape[1], rank, seed is not None)
     run = _with_config(matmul.run_seed, u, v, 1.0, None, dropout, seed)
     written = x.shape[0] * w.shape[1] * x.element_size()
-    yield Job(shape.key("seed"), matmul.seed_configs(shape), run, _bytes(u, v) + written)
+    yield Job(shape.key("seed"), matmul.seed_configs(shape, is_hopper(x.device)), run, _bytes(u, v) + written)
 
     def product(config: Any) -> Tensor:
         if config is None:
             return matmul.launch_seed(u, v, 1.0, None, dropout, seed).addmm_(x, w)
         return matmul.run_gemm(config, x, w, u, v, 1.0, None)
 
-    candidates = matmul.gemm_configs(shape, matmul.has_tma(x.device))
+    candidates = matmul.gemm_configs(shape, is_hopper(x.device))
     if len(candidates) > 1:
         yield Job(shape.key(matmul.gemm_name(w)), candidates, product, _bytes(x, w, u, v) + written)
 

@@ -81,6 +81,14 @@ def table(gpu: str) -> dict[str, Any]:
     return entries
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """NVIDIA's Hopper or newer: TMA, and tensor cores that read their operands from shared memory."""
+    if device.type != "cuda":
+        return backend.INTERPRET
+    return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= 9
+
+
 def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

@@ -149,9 +149,9 @@ def test_ops_keep_their_contract_with_torch():
 @pytest.mark.usefixtures("poisoned")
 def test_the_seeded_gemm(monkeypatch, forward, tma, rank):
     """Never the rule on this machine, so launched by hand; 300 rows are several tiles for a program."""
-    if DEVICE == "cuda" and tma and not matmul.has_tma(torch.device(DEVICE)):
+    if DEVICE == "cuda" and tma and not tuning.is_hopper(torch.device(DEVICE)):
         pytest.skip("this GPU has no TMA")  # a unit of Hopper and later; the interpreter stands in for it elsewhere
-    monkeypatch.setattr(matmul, "has_tma", lambda device: tma)
+    monkeypatch.setattr(matmul, "is_hopper", lambda device: tma)
     p = make_problem(300, 72, 136, rank, torch.float16, bias=True)
     if forward:
         s, bias = skinny.launch_project(p.x, p.lora_a, 1.0, 0.0, None), p.bias
@@ -166,6 +166,23 @@ def test_the_seeded_gemm(monkeypatch, forward, tma, rank):
     for config in matmul.gemm_configs(tuning.Shape(p.x.device, p.x.dtype, 512, 136, 32, False), tma):
         if config is not None:
             assert error(matmul.run_gemm(config, *operands), exact) <= 2 * error(same, exact) + 1e-6
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rank", [8, 40])
+@pytest.mark.usefixtures("poisoned")
+def test_every_configuration_of_the_seed(rank, dropout):
+    """With dropout its columns are multiplied in another order: each must end where it belongs, masked there."""
+    p = make_problem(70, 300, 24, rank, torch.float16)
+    ds, seed = skinny.launch_project(p.dy, p.lora_b.t(), p.scale, 0.0, None), torch.tensor(5, device=DEVICE)
+    mask = reference.make_mask(seed, *p.x.shape, dropout) if dropout else torch.zeros_like(p.x, dtype=torch.bool)
+    exact = (ds.double() @ p.lora_a.double()).masked_fill_(mask, 0) / (1 - round(dropout * 65536) / 65536)
+    for hopper in (True, False):
+        shape = tuning.Shape(p.x.device, p.x.dtype, 8192, 300, 32, dropout > 0)
+        for config in matmul.seed_configs(shape, hopper):
+            got = matmul.run_seed(config, ds, p.lora_a, 1.0, None, dropout, seed if dropout else None)
+            assert error(got, exact) < 1e-3, config  # half an ulp of fp16 is 4.9e-4
+            assert torch.equal(got == 0, mask), config  # no product is zero by chance
 
 
 @pytest.mark.parametrize("rank", [16, 64])
@@ -184,12 +201,12 @@ def test_every_configuration_of_the_skinny_kernels(rank):
             [reference.project(double["x"], double["lora_a"], 1.0, dropout, mask)],
         ),
         (
-            skinny.strip_configs,
+            lambda shape: skinny.output_grads_configs(shape, True),
             lambda config: skinny.run_output_grads(config, p.dy, p.lora_b, s, 0.5, torch.float32),
             reference.output_grads(double["dy"], double["lora_b"], s.double(), 0.5, torch.float64),
         ),
         (
-            skinny.strip_configs,
+            skinny.factor_grad_configs,
             lambda config: skinny.run_factor_grad(config, s, p.x, dropout, seed, torch.float32),
             [reference.factor_grad(s.double(), double["x"], dropout, mask, torch.float64)],
         ),

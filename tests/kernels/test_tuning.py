@@ -36,8 +36,10 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("m", [16, 2048, 8192, 65536])
 def test_few_distinct_candidates(m, rank, dtype):
     shape = SHAPE._replace(m=m, rank=rank, dtype=dtype, dropout=False)
-    lists = [skinny.project_configs(shape), skinny.strip_configs(shape), matmul.seed_configs(shape)]
-    lists += [matmul.gemm_configs(shape, tma) for tma in (True, False)]
+    lists = [skinny.project_configs(shape), skinny.factor_grad_configs(shape)]
+    for hopper in (True, False):
+        lists += [skinny.output_grads_configs(shape, hopper), matmul.seed_configs(shape, hopper)]
+        lists += [matmul.gemm_configs(shape, hopper)]
     for candidates in lists:
         assert 1 <= len(candidates) <= 8
         assert len({json.dumps(c) for c in candidates}) == len(candidates)
