@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import dropout_threshold, inverse_keep
-from .tiles import dot, kept
+from .tiles import dot, kept, natural_order, thread_order
 from .tuning import Config, Shape, bucket, cdiv, choose, is_hopper, rank_block
 
 MAX_RANK_BLOCK = 32  # of U V; a larger rank takes several
@@ -87,19 +87,14 @@ def _seed_kernel(
     o_p = first_p + tl.arange(0, BP)
     o_v = o_p  # the columns of V
     if DROPOUT:
-        # A thread of the tensor cores holds two neighbours of every eight columns: it would need a quarter of many
-        # Philox blocks. Taking the columns in this order, and putting the product back, gives it whole blocks.
-        o_i = tl.arange(0, BP)
-        o_i = o_i // 32 * 32 + o_i % 2 + o_i // 8 % 4 * 2 + o_i // 2 % 4 * 8
-        o_v = tl.max_contiguous(tl.multiple_of(first_p + o_i, 2), 2)
+        o_v = tl.max_contiguous(tl.multiple_of(first_p + thread_order(BP), 2), 2)
     acc = _product(p_u, p_v, o_m, o_v, M, P, R, stride_um, stride_ur, stride_vr, stride_vp, BM, BP, BR) * scale
     if BIAS:
         tl.static_assert(not DROPOUT, "Y has a bias and dX dropout; nothing has both")
         acc += tl.load(p_bias + o_p, mask=o_p < P, other=0.0).to(tl.float32)[None, :]
     b_c = acc.to(p_c.dtype.element_ty)
     if DROPOUT:
-        b_c = tl.reshape(b_c, [BM, BP // 32, 4, 4, 2]).permute(0, 1, 3, 2, 4).reshape(BM, BP)
-        b_c = tl.where(kept(p_seed, o_m, first_p, P, threshold, BP), b_c, 0.0)
+        b_c = tl.where(kept(p_seed, o_m, first_p, P, threshold, BP), natural_order(b_c), 0.0)
     m_c = (o_m < M)[:, None] & (o_p < P)[None, :]
     tl.store(p_c + o_m[:, None] * P + o_p[None, :], b_c, mask=m_c)
 

@@ -16,18 +16,20 @@ from . import reference
 from .checks import check_merge
 from .philox import as_seed
 from .reference import DROPPED_BITS, FoldReport
-from .tiles import dot, draws
+from .tiles import draws, fp32_dot, natural_order, thread_order
 from .tuning import Config, cdiv
 
 # Memory-bound and run once a link: one configuration. BR is how much of the rank one step of the product takes.
-CONFIG: Config = {"BN": 32, "BK": 128, "BR": 16, "num_warps": 8, "num_stages": 2}
+CONFIG: Config = {"BN": 64, "BK": 64, "BR": 16, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
-def _round_stochastic(value, draw, DROPPED: tl.constexpr):
-    """fp32, rounded to what is left without its last DROPPED bits: the carry of a draw decides, as in the reference."""
+def _round_stochastic(value, draw, DTYPE: tl.constexpr, DROPPED: tl.constexpr):
+    """fp32 in DTYPE, without its last DROPPED bits: the carry of a draw decides, as in the reference."""
     bits = value.to(tl.int32, bitcast=True) + (draw >> (16 - DROPPED))
-    return (bits & -(1 << DROPPED)).to(tl.float32, bitcast=True)
+    if DROPPED == 16:  # the upper half is the bf16
+        return (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return (bits & -(1 << DROPPED)).to(tl.float32, bitcast=True).to(DTYPE)
 
 
 @triton.jit
@@ -65,26 +67,28 @@ def _merge_kernel(
     first_k = tile % tiles_k * BK
     o_n = (tile // tiles_k).to(tl.int64) * BN + tl.arange(0, BN)
     o_k = first_k + tl.arange(0, BK)
-    o_k64 = o_k.to(tl.int64)
+    p_tile = p_w + o_n[:, None] * stride_wn + o_k.to(tl.int64)[None, :] * stride_wk
+    m_w = (o_n < N)[:, None] & (o_k < K)[None, :]
+    before = tl.load(p_tile, mask=m_w, other=0.0)  # [BN, BK]: on its way while the product is made
+    o_a = tl.max_contiguous(tl.multiple_of(first_k + thread_order(BK), 2), 2)  # the columns of A
+    o_a64 = o_a.to(tl.int64)
     delta = tl.zeros([BN, BK], tl.float32)
     for r in range(0, R, BR):
         o_r = r + tl.arange(0, BR)
         m_b = (o_n < N)[:, None] & (o_r < R)[None, :]
         b_b = tl.load(p_b + o_n[:, None] * stride_bn + o_r[None, :] * stride_br, mask=m_b, other=0.0)  # [BN, BR]
-        m_a = (o_r < R)[:, None] & (o_k < K)[None, :]
-        b_a = tl.load(p_a + o_r[:, None] * stride_ar + o_k64[None, :] * stride_ak, mask=m_a, other=0.0)  # [BR, BK]
-        delta = dot(b_b.to(tl.float32), b_a.to(tl.float32), delta)
-    delta *= scale
-    p_tile = p_w + o_n[:, None] * stride_wn + o_k64[None, :] * stride_wk
-    m_w = (o_n < N)[:, None] & (o_k < K)[None, :]
-    before = tl.load(p_tile, mask=m_w, other=0.0)  # [BN, BK]
+        m_a = (o_r < R)[:, None] & (o_a < K)[None, :]
+        b_a = tl.load(p_a + o_r[:, None] * stride_ar + o_a64[None, :] * stride_ak, mask=m_a, other=0.0)  # [BR, BK]
+        delta = fp32_dot(b_b.to(tl.float32), b_a.to(tl.float32), delta)
+    delta = natural_order(delta) * scale
     target = before.to(tl.float32) + delta
     if GATED:
         target *= tl.load(p_c + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
         delta = target - before.to(tl.float32)
     if DROPPED:
-        target = _round_stochastic(target, draws(p_seed, first_row + o_n, first_k, K, BK), DROPPED)
-    after = target.to(before.dtype)
+        after = _round_stochastic(target, draws(p_seed, first_row + o_n, first_k, K, BK), before.dtype, DROPPED)
+    else:
+        after = target.to(before.dtype)
     tl.store(p_tile, after, mask=m_w)
     if REPORT:
         change = after.to(tl.float32) - before.to(tl.float32)

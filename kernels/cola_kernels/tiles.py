@@ -13,6 +13,7 @@ from .backend import INTERPRET
 from .philox import DRAWS_PER_BLOCK, MULTIPLIER_0, MULTIPLIER_2, ROUNDS, WEYL_0, WEYL_1
 
 _INTERPRET = tl.constexpr(INTERPRET)
+_FP32_PRECISION = tl.constexpr("ieee" if INTERPRET else "bf16x6")
 _ROUNDS = tl.constexpr(ROUNDS)
 _DRAWS_PER_BLOCK = tl.constexpr(DRAWS_PER_BLOCK)
 _MULTIPLIER_0, _MULTIPLIER_2 = tl.constexpr(MULTIPLIER_0), tl.constexpr(MULTIPLIER_2)
@@ -26,6 +27,31 @@ def dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def fp32_dot(a, b, acc):
+    """acc + a b for fp32, on the tensor cores: of three bf16 each, the six products that count. As exact as fp32."""
+    return tl.dot(a, b, acc, input_precision=_FP32_PRECISION)
+
+
+@triton.jit
+def thread_order(BC: tl.constexpr):
+    """Columns [0, BC) in an order for the right operand of a dot; `natural_order` puts the product's back.
+
+    A thread of the tensor cores holds two neighbours of every eight columns of a product. It would need a quarter of
+    many Philox blocks, and other threads the rest of them; in this order it holds eight neighbours, whole blocks.
+    """
+    o_c = tl.arange(0, BC)
+    return o_c // 32 * 32 + o_c % 2 + o_c // 8 % 4 * 2 + o_c // 2 % 4 * 8
+
+
+@triton.jit
+def natural_order(tile):
+    """A product [rows, BC] whose columns are in `thread_order`, in theirs. No value changes its thread."""
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    return tl.reshape(tile, [rows, columns // 32, 4, 4, 2]).permute(0, 1, 3, 2, 4).reshape(rows, columns)
 
 
 @triton.jit
