@@ -188,14 +188,19 @@ def runs_on(case: Case, target: str) -> bool:
     return case.hopper in (None, target in ("sm_90", "sm_100"))
 
 
-def compile_case(case: Case, target: str) -> Usage:
-    """Compile, and read what the assembler says of the result."""
+def build(case: Case, target: str) -> Any:
+    """Compile: what triton.compile returns."""
     options = {k: v for k, v in case.config.items() if k.islower()}  # blocks are upper case
     constants = {**case.constants, **{k: v for k, v in case.config.items() if k not in options}}
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, case) for name in names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _divisible(name, signature[name], case)}
-    compiled = triton.compile(ASTSource(case.kernel, signature, constants, attrs), target=_gpu(target), options=options)
+    return triton.compile(ASTSource(case.kernel, signature, constants, attrs), target=_gpu(target), options=options)
+
+
+def compile_case(case: Case, target: str) -> Usage:
+    """Compile, and read what the assembler says of the result."""
+    compiled = build(case, target)
     shared = compiled.metadata.shared
     if target.startswith("sm_"):
         return Usage(*_cubin_usage(compiled.asm["cubin"]), shared)
