@@ -141,7 +141,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         lines.append([f"{row['name']}{' (rule)' if row['rule'] else ''}", config, *cells])
     header = ["", "configuration", "instructions an element", "shared memory, bytes", "of memory's speed, at most"]
     note = (
-        f"Computed for {result['target']}, R up to {R}, bf16, Triton {result['triton']}; {DEVICE}. Nothing was timed."
-    note += "\nA rule is what runs without a tuned table; of two, the smaller tile is for few tokens or older GPUs."
+        f"Computed for {result['target']}, R up to {R}, bf16, Triton {result['triton']}; {DEVICE}. Nothing was timed.\n"
+        "A rule is what runs without a tuned table; of two, the smaller tile is for few tokens or older GPUs."
     )
     return {"loops": f"{markdown(header, lines)}\n\n{note}"}
