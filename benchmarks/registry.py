@@ -76,7 +76,7 @@ SUITES = {
         "What does a LoRA linear cost above its frozen linear on a GPU, here and elsewhere?", "benchmarks.lora_linear"
     ),
     "kernels": Entry("How near is each kernel to the speed of memory or of the plain product?", "benchmarks.kernels"),
-    "loops": Entry("What do the compiled kernels ask of a GPU for each element? (computed)", "benchmarks.loops"),
+    "loops": Entry("What share of the speed of memory does the machine code of each kernel allow?", "benchmarks.loops"),
     "convergence": Entry(
         "Do the Triton kernels train, compile and replay like the reference?", "benchmarks.convergence"
     ),
