@@ -196,7 +196,7 @@ def project_configs(shape: Shape) -> list[Config]:
         tiles.append({"BM": 32, "BK": 256, "num_warps": 8, "num_stages": 2})
     else:
         tiles.append({"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 2})
-    short: Config = {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 4}
+    short: Config = {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 6}
     return [short, *tiles] if shape.m <= 2048 else [*tiles, short]
 
 
