@@ -31,6 +31,18 @@ class Sample(NamedTuple):
 Batches = Iterable[Mapping[str, Tensor] | Sample]
 
 
+def as_batches(batches: Batches) -> list[Mapping[str, Tensor] | Sample]:
+    """Raises UserError for anything but batches as the model's forward takes them."""
+    found: list[Any] = [batches] if isinstance(batches, Tensor | str) else list(batches)
+    wrong = next((type(batch).__name__ for batch in found if not isinstance(batch, Mapping | Sample)), None)
+    if wrong is not None:
+        raise UserError(
+            f"batches is a {type(batches).__name__} of {wrong}, but must be a list of what the model takes: "
+            "[{'input_ids': ..., 'attention_mask': ...}, ...]."
+        )
+    return found
+
+
 def look(
     init: str,
     model: nn.Module,

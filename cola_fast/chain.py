@@ -23,14 +23,14 @@ from torch import nn
 
 from . import store, world
 from .bases import Base
-from .calibration import Batches, look
+from .calibration import Batches, as_batches, look
 from .errors import UserError
 from .grouping import Grouping
 from .layer import PARTS, wrap_all
 from .link import SealedLink, derive_seed, folder_name, summarise
 from .methods import Pair
 from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of
-from .peft_format import Factors
+from .peft_format import Factors, task_type
 from .record import CHAIN_FILE, FORMAT, write_state
 from .targets import assign_ranks, short_targets
 
@@ -80,21 +80,24 @@ class Chain:
         self._require_layers()
         if rank_pattern is not None:
             assign_ranks(self._shapes(), r or self.settings.r, rank_pattern)
-            self.settings = replace(self.settings, rank_pattern=dict(rank_pattern))
-        if batches is not None:
-            self.batches = list(batches)
-        ranks, index, init = self.ranks(r), len(self.links), self.settings.init
+        pattern = self.settings.rank_pattern if rank_pattern is None else dict(rank_pattern)
+        settings = replace(self.settings, rank_pattern=pattern)
+        looked_at = self.batches if batches is None else as_batches(batches)
+        ranks = assign_ranks(self._shapes(), settings.r if r is None else r, pattern)
+        index, init = len(self.links), settings.init
 
         @cache
         def before() -> dict[str, Factors]:
             return {name: trained for name, (_, trained) in self.links[-1].steps().items()} if self.links else {}
 
-        layers = {name: self.layers[name] for name in covered(list(self.layers), self.settings, index)}
+        layers = {name: self.layers[name] for name in covered(list(self.layers), settings, index)}
         originals = originals_of(init, index, layers, original)
-        seen = look(init, self.model, layers, ranks, self.batches, derive_seed(self.settings.seed, "look", index))
-        first = first_factors(self.settings, index, layers, ranks, before, seen, originals)
+        seen = look(init, self.model, layers, ranks, looked_at, derive_seed(settings.seed, "look", index))
+        first = first_factors(settings, index, layers, ranks, before, seen, originals)
         factors = world.lead(lambda: first)
-        return self.open_with(factors, starts_of(self.settings, factors))
+        opened = self.open_with(factors, starts_of(settings, factors))
+        self.settings, self.batches = settings, looked_at
+        return opened
 
     def ranks(self, r: int | None = None) -> dict[str, int]:
         """Module -> the rank `extend(r)` would give it. Raises UserError for a rank that a module cannot have."""
@@ -358,6 +361,7 @@ class Chain:
             "base_name": self.identity["name"],
             "base_revision": self.identity["revision"],
             "dropout": self.settings.dropout,
+            "task_type": task_type(self.model),
         }
 
     def record(self, links: Sequence[SealedLink]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from torch import nn
@@ -64,12 +64,16 @@ def attach(
     Raises:
         UserError (a ValueError): see `cola_fast.targets` and `cola_fast.layer`. The model is then as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is {type(model).__name__}, but a link is attached to a torch.nn.Module.")
     modules = select_modules(model, targets)
+    shapes = {n: (m.out_features, m.in_features) for n, m in modules.items()}
+    assign_ranks(shapes, r if first_rank is None else first_rank, rank_pattern)
     pattern = dict(rank_pattern) if rank_pattern else None
-    settings = Settings(r, float(alpha), dropout, seed, pattern, init, scaling, frozen, share, carry, gate)
+    settings = Settings(r, alpha, dropout, seed, pattern, init, scaling, frozen, share, carry, gate)
     settings.validate()
+    settings = replace(settings, alpha=float(alpha))
     kind = choose_base(base, rounding, modules.values())
-    assign_ranks({n: (m.out_features, m.in_features) for n, m in modules.items()}, first_rank or r, rank_pattern)
     chain = Chain(model, modules, kind, settings, base_identity(model))
     try:
         chain.extend(first_rank, batches=batches, original=original)

@@ -50,8 +50,8 @@ def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> Expor
     Raises UserError for DoRA links, unless there is just one and it is not cut.
     """
     _refuse_existing(folder)
-    if rank is not None and rank < 1:
-        raise UserError(f"rank is {rank}, but an adapter's rank is at least 1.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise UserError(f"rank is {rank!r}, but an adapter's rank is a whole number, at least 1.")
     links = [link.factors() for link in chain.links]
     if chain.open_link is not None:
         links.append(chain.open_factors())

@@ -23,6 +23,9 @@ class Fused:
     """Mixed into a PEFT layer in front of its own class."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, Fused):  # this method was kept, by a hook, while the layer was given back to PEFT
+            kept: Tensor = type(self).forward(self, x, *args, **kwargs)
+            return kept
         adapter = self._lone_adapter() if not args and not kwargs else None
         if adapter is None or not self._takes(x, adapter):
             result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -93,6 +96,8 @@ def obstacle(layer: Any) -> str | None:
     """Why no call of this layer could be fused; None if some can."""
     if type(layer) not in FUSED and not isinstance(layer, Fused):
         return f"PEFT's {type(layer).__name__} layer has no fused form"
+    if "forward" in vars(layer):
+        return "its forward was replaced, as hooks of accelerate do"
     found = base_obstacle(layer)
     if found is not None:
         return found

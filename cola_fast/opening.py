@@ -46,6 +46,10 @@ class Settings:
         SCALING.choose(self.scaling)
         if self.gate is not None:
             GATE.choose(self.gate)
+        for key in ("alpha", "dropout", "share", "carry"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"{key} is {value!r}, but it must be a finite number.")
         rules = (
             (0 <= self.dropout < 1, f"dropout is {self.dropout}, but it must be at least 0 and less than 1."),
             (self.alpha > 0, f"alpha is {self.alpha}, but it must be positive."),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -75,8 +75,20 @@ class Factors(NamedTuple):
         return trained._replace(magnitude=self.magnitude), taken
 
 
+def task_type(model: nn.Module) -> str | None:
+    """CAUSAL_LM for a decoder that generates. PEFT wraps anything else only without one."""
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") and not encoder_decoder else None
+
+
 def encode(
-    factors: Mapping[str, Factors], *, targets: Sequence[str], base_name: str, base_revision: str | None, dropout: float
+    factors: Mapping[str, Factors],
+    *,
+    targets: Sequence[str],
+    base_name: str,
+    base_revision: str | None,
+    dropout: float,
+    task_type: str | None = None,
 ) -> dict[str, bytes]:
     """File name -> content. The bytes depend on the arguments only, so their hash identifies the link."""
     ranks = {name: f.rank for name, f in factors.items()}
@@ -85,7 +97,7 @@ def encode(
     common_alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_name,
         "revision": base_revision,
         "r": common_rank,

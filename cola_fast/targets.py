@@ -21,6 +21,10 @@ def select_modules(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
     share, since folding into it would change them too.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    if not isinstance(targets, str) and not (
+        isinstance(targets, Sequence) and targets and all(isinstance(t, str) for t in targets)
+    ):
+        raise UserError(f"targets is {targets!r}, but must be all-linear, a name or pattern, or a list of them.")
     if targets == "all-linear":
         heads = _heads(model)
         chosen = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not any(m is head for head in heads)]
@@ -31,8 +35,14 @@ def select_modules(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
         found = {name for pattern in patterns for name in _matching(pattern, modules)}
         chosen = [name for name in modules if name in found]
     selected = {}
+    adapted = {name for name, module in modules.items() if hasattr(module, "lora_A") and hasattr(module, "base_layer")}
     for name in chosen:
         module = modules[name]
+        if any(name.startswith(f"{layer}.") for layer in adapted):
+            raise UserError(
+                f"{name} belongs to a LoRA layer of PEFT: merge the adapter first (merge_and_unload), or train it as "
+                "it is, with accelerate_peft or ChainCallback."
+            )
         if not isinstance(module, nn.Linear):
             raise UserError(
                 f"{name} is a {type(module).__name__}, but a link can only be attached to torch.nn.Linear."
@@ -48,11 +58,15 @@ def assign_ranks(shapes: Mapping[str, tuple[int, int]], r: int, pattern: Mapping
 
     shapes: name -> (N, K). Raises UserError for a rank outside [1, min(N, K)] and for an entry that matches nothing.
     """
-    pattern = pattern or {}
+    pattern = {} if pattern is None else pattern
+    if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+        raise UserError(f"rank_pattern is {pattern!r}, but must map names or patterns of modules to ranks.")
     matches = {key: set(_matching(key, shapes, what="rank_pattern key")) for key in pattern}
     ranks = {}
     for name, (n, k) in shapes.items():
         rank = next((pattern[key] for key in pattern if name in matches[key]), r)
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise UserError(f"The rank of {name} is {rank!r}, but a rank is a whole number: choose 1 to {min(n, k)}.")
         if not 1 <= rank <= min(n, k):
             raise UserError(f"The rank of {name} is {rank}, but its weight is {n} x {k}: choose 1 to {min(n, k)}.")
         ranks[name] = rank

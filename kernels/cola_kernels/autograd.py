@@ -21,11 +21,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from . import nf4
 from .checks import check_group, check_lora_linear
 from .nf4 import NF4, Layout, Weight
+from .once import once_differentiable
 from .philox import as_seed
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])

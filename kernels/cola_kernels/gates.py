@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from .checks import check_gates
+from .once import once_differentiable
 
 # dY and Y0 [M, N], c [N] -> dY ⊙ c in dY's dtype, and Σ_m dY ⊙ Y0 in c's.
 GateGrads = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

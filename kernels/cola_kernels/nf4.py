@@ -35,6 +35,7 @@ LEVELS = (
     0.7229568362236023,
     1.0,
 )
+_LEVELS = torch.tensor(LEVELS)  # made while compiling with dynamic=True, each float would become a symbol
 TILE_ELEMENTS = 1 << 15  # worked on at a time in fp32, so that all temporaries together stay small
 GPU_TILE_ELEMENTS = 1 << 22
 
@@ -170,7 +171,7 @@ def values(codes: Tensor, absmax: Tensor) -> Tensor:
 
     A byte's two levels are looked up as one word of 64 bits: a CPU gathers slowly.
     """
-    levels = torch.tensor(LEVELS, device=codes.device)
+    levels = _LEVELS.to(codes.device)
     pairs = torch.stack((levels[:, None].expand(16, 16), levels.expand(16, 16)), dim=-1).view(torch.int64).view(-1)
     found = pairs.index_select(0, codes.reshape(-1).int()).view(torch.float32)
     return found.view(*absmax.shape, -1).mul_(absmax[:, :, None]).view(codes.shape[0], -1)

@@ -164,6 +164,14 @@ def test_folding_needs_no_copy_of_the_weight(rounding: str) -> None:
         ({"alpha": 0}, r"alpha is 0"),
         ({"base": "nf5"}, r"base is 'nf5'"),
         ({"rounding": "up"}, r"rounding is 'up'"),
+        ({"r": 8.0}, r"rank of .* is 8.0, but a rank is a whole number"),
+        ({"first_rank": 0}, r"rank of .* is 0"),
+        ({"rank_pattern": ["v_proj"]}, r"rank_pattern is \['v_proj'\], but must map"),
+        ({"targets": []}, r"targets is \[\], but must be"),
+        ({"targets": None}, r"targets is None"),
+        ({"alpha": float("inf")}, r"alpha is inf, but it must be a finite number"),
+        ({"dropout": "0.1"}, r"dropout is '0.1', but it must be a finite number"),
+        ({"batches": torch.ones(2, 3, dtype=torch.long)}, r"batches is a Tensor of Tensor, but must be a list"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -172,6 +180,21 @@ def test_bad_arguments_leave_the_model_as_it_was(model: nn.Module, keys: dict[st
         attach(model, **keys)
     assert not any(isinstance(m, LoRALinear) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_extend_that_fails_leaves_nothing_behind(model: nn.Module, ids: Tensor) -> None:
+    chain = attach(model, init="eva", batches=[{"input_ids": ids}])
+    chain.tie()
+    with pytest.raises(ValueError, match="input_ids"):
+        chain.extend(rank_pattern={"q_proj": 3}, batches=[{"input_idz": ids}])
+    assert set(chain.extend().ranks.values()) == {8}  # from the batches it had
+
+
+def test_adapters_of_peft_get_no_links(model: nn.Module) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(UserError, match=r"q_proj.* belongs to a LoRA layer of PEFT: merge"):
+        attach(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), targets="all-linear")
 
 
 def test_tied_weights_are_refused() -> None:

@@ -318,6 +318,24 @@ def test_from_pretrained_and_activation_checkpointing(
         assert float((found[name] - value).norm()) <= 1e-5 * float(value.norm())
 
 
+def test_a_hook_on_the_layer_itself(base: Callable[[], nn.Module], ids: Tensor) -> None:
+    """accelerate's hooks keep a layer's forward and put their own over it: before, that is reported; after, it stays
+    usable when the layers are given back to PEFT."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = peft_model(base()).eval()
+    expected = logits(model, ids)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    report = accelerate_peft(model)
+    add_hook_to_module(layer, ModelHook())
+    restore_peft(model)
+    torch.testing.assert_close(logits(model, ids), expected)
+    again = accelerate_peft(model)
+    assert len(again.left) == len(report.left) + 1
+    torch.testing.assert_close(logits(model, ids), expected)
+    restore_peft(model)
+
+
 def test_compiled_in_one_graph(base: Callable[[], nn.Module]) -> None:
     model = peft_model(base()).eval()
     accelerate_peft(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,23 @@ def test_there_must_be_something_to_export(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is a transformers checkpoint, but the model is a Sequential"):
         plain.export_merged(tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_peft_loads_what_does_not_generate(tmp_path: Path, ids: Tensor) -> None:
+    """An encoder's adapter, and one of a decoder that classifies."""
+    from peft import PeftModel
+    from transformers import BertConfig, BertModel, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bert = BertModel(BertConfig(vocab_size=64, **sizes)).eval()
+    llama = LlamaForSequenceClassification(tiny_llama().config).eval()
+    for name, model, targets in (("bert", bert, ["query", "value"]), ("llama", llama, ["q_proj", "v_proj"])):
+        plain = copy.deepcopy(model)
+        chain = attach(model, targets=targets, r=2)
+        disturb(chain)
+        chain.export_adapter(tmp_path / name)
+        loaded = PeftModel.from_pretrained(plain, tmp_path / name).eval()
+        torch.testing.assert_close(loaded(ids)[0], model(ids)[0])
 
 
 def test_format_round_trip() -> None:

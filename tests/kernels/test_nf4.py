@@ -123,6 +123,19 @@ def test_compiles_in_one_graph():
         assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+def test_two_layers_compile_with_dynamic_sizes():
+    torch._dynamo.reset()
+    first, second = (nf4_problem(6, 64, n, 4, torch.float32)[0] for n in (64, 32))
+
+    def both(x):
+        for p in (first, second):
+            x = reference.lora_linear(x, p.weight, p.lora_a, p.lora_b, p.scale)
+        return x
+
+    found = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=True)(first.x)
+    assert torch.equal(found, both(first.x))
+
+
 def on_this_cpu_bitsandbytes_repacks() -> bool:
     from bitsandbytes.functional import has_avx512bf16
 
