@@ -63,6 +63,7 @@ class Chain:
 
     # --- the open link ------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is made there can never be trained
     def extend(
         self,
         r: int | None = None,
@@ -193,6 +194,7 @@ class Chain:
 
         return self.append(seal)
 
+    @torch.inference_mode(False)
     def append(self, seal: Callable[[], SealedLink]) -> SealedLink:
         """Make a link the last sealed one, in place of the open link, whose start has left the weights."""
 

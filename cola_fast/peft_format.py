@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import safetensors.torch
@@ -102,8 +102,8 @@ def encode(
         "revision": base_revision,
         "r": common_rank,
         "lora_alpha": common_alpha,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != common_rank},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != common_alpha},
+        "rank_pattern": {_key(name, ranks): rank for name, rank in ranks.items() if rank != common_rank},
+        "alpha_pattern": {_key(name, alphas): alpha for name, alpha in alphas.items() if alpha != common_alpha},
         "target_modules": sorted(targets),
         "lora_dropout": dropout,
         "bias": "none",
@@ -126,15 +126,22 @@ def encode(
     }
 
 
+def _key(name: str, names: Iterable[str]) -> str:
+    """Of a pattern that means this module alone: PEFT looks for it at the end of every name."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
+
+
 def decode(files: Mapping[str, bytes]) -> dict[str, Factors]:
     """The factors of an adapter written by `encode`."""
     config = json.loads(files[CONFIG_FILE])
     tensors = safetensors.torch.load(files[TENSOR_FILE])
+    ends = ".lora_A.weight"
+    names = {key: key.removeprefix(PREFIX).removesuffix(ends) for key in tensors if key.endswith(ends)}
     factors = {}
     for key, a in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            alpha = float(config["alpha_pattern"].get(name, config["lora_alpha"]))
+        if key in names:
+            name = names[key]
+            alpha = float(config["alpha_pattern"].get(_key(name, names.values()), config["lora_alpha"]))
             b, magnitude = (tensors.get(f"{PREFIX}{name}.{key}") for key in ("lora_B.weight", "lora_magnitude_vector"))
             assert b is not None
             factors[name] = Factors(a, b, alpha, magnitude=magnitude)

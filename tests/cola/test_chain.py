@@ -190,6 +190,19 @@ def test_an_extend_that_fails_leaves_nothing_behind(model: nn.Module, ids: Tenso
     assert set(chain.extend().ranks.values()) == {8}  # from the batches it had
 
 
+@pytest.mark.parametrize("base", ["dense", "ledger"])
+def test_links_made_in_inference_mode_are_trained(model: nn.Module, ids: Tensor, base: str) -> None:
+    with torch.inference_mode():
+        chain = attach(model, base=base)
+    for _ in range(2):
+        disturb(chain)
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for p in chain.parameters())
+        with torch.inference_mode():
+            chain.tie()
+            chain.extend()
+
+
 def test_adapters_of_peft_get_no_links(model: nn.Module) -> None:
     from peft import LoraConfig, get_peft_model
 

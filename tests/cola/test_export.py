@@ -126,6 +126,23 @@ def test_peft_loads_what_does_not_generate(tmp_path: Path, ids: Tensor) -> None:
         torch.testing.assert_close(loaded(ids)[0], model(ids)[0])
 
 
+def test_a_name_that_ends_another(tmp_path: Path) -> None:
+    """PEFT applies a pattern to every module whose name ends with it."""
+    from peft import PeftModel
+
+    block = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "up": nn.Linear(8, 8), "block": block})
+    plain = copy.deepcopy(model)
+    chain = attach(model, targets=["fc", "up"], r=2, rank_pattern={"^fc": 4})
+    disturb(chain)
+    chain.export_adapter(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter").base_model.model
+    x = torch.randn(3, 8)
+    for name in ("fc", "up", "block.fc"):
+        torch.testing.assert_close(loaded.get_submodule(name)(x), model.get_submodule(name)(x))
+    chain.save(tmp_path / "chain")
+
+
 def test_format_round_trip() -> None:
     factors = {
         "a.x": Factors(torch.randn(2, 5), torch.randn(3, 2), 4.0),
