@@ -8,7 +8,7 @@ import torch
 import cola_kernels
 from cola_kernels import reference
 
-from .conftest import make_problem
+from .conftest import DEVICE, make_problem
 
 
 @pytest.mark.parametrize("library", [reference, cola_kernels], ids=["reference", "public"])
@@ -17,7 +17,7 @@ def test_second_derivatives_are_refused(library, gated):
     """With respect to the input, by torch.autograd.grad, beside a path that has them: what PyTorch itself lets pass."""
     p = make_problem(5, 12, 8, 2, torch.float64)
     x = p.x.clone().requires_grad_()
-    cs = [torch.ones(8, dtype=torch.float64)] if gated else None
+    cs = [torch.ones(8, dtype=torch.float64, device=DEVICE)] if gated else None
     (y,) = library.lora_linear_group(x, [p.weight], [p.lora_a], [p.lora_b], [p.scale], [None], cs=cs)
     (first,) = torch.autograd.grad(y.tanh().sum() + x.pow(3).sum(), x, create_graph=True)
     plain = p.x.clone().requires_grad_()
