@@ -135,7 +135,9 @@ def test_no_tokens():
 def test_c_is_not_rounded_to_the_dtype_of_x():
     """In bf16, 1 and 1.003 are the same number."""
     p = make_problem(40, 32, 24, 4, torch.bfloat16, device="cpu")
-    one, more = (reference.lora_linear(*p[:4], 0.7, c=torch.full((24,), c)).double() for c in (1.0, 1.003))
+    one, more = (
+        reference.lora_linear(*p[:4], 0.7, c=torch.full((24,), c, device=DEVICE)).double() for c in (1.0, 1.003)
+    )
     torch.testing.assert_close(more, (one * 1.003).bfloat16().double(), rtol=0, atol=0)
     assert not torch.equal(one, more)
 
@@ -209,10 +211,13 @@ def test_the_op_keeps_its_contract_with_torch():
 @pytest.mark.parametrize(
     ("gates", "sentence"),
     [
-        ({"e": torch.ones(3)}, r"e is torch.float32 \[3\], but lora_b \[24, 4\] needs a floating-point gate \[4\]"),
-        ({"c": torch.ones(24, 1)}, r"c is torch.float32 \[24, 1\]"),
-        ({"c": torch.ones(24, dtype=torch.int32)}, r"c is torch.int32"),
-        ({"c": torch.ones(24), "bias": torch.ones(5)}, r"bias has shape \[5\]"),
+        (
+            {"e": torch.ones(3, device=DEVICE)},
+            r"e is torch.float32 \[3\], but lora_b \[24, 4\] needs a floating-point gate \[4\]",
+        ),
+        ({"c": torch.ones(24, 1, device=DEVICE)}, r"c is torch.float32 \[24, 1\]"),
+        ({"c": torch.ones(24, dtype=torch.int32, device=DEVICE)}, r"c is torch.int32"),
+        ({"c": torch.ones(24, device=DEVICE), "bias": torch.ones(5, device=DEVICE)}, r"bias has shape \[5\]"),
     ],
     ids=["e", "c", "dtype", "bias"],
 )

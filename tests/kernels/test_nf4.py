@@ -62,10 +62,13 @@ def test_lora_linear_and_its_gradients(dropout, dtype):
 
 
 def test_a_group_may_mix_dense_and_nf4_weights_of_one_scratch_buffer():
-    weights = [quantise(64, 128), torch.randn(24, 128), quantise(192, 128)]
+    weights = [quantise(64, 128), torch.randn(24, 128, device=DEVICE), quantise(192, 128)]
     plain = [w if type(w) is torch.Tensor else dequantised(w) for w in weights]
-    x = torch.randn(7, 128, requires_grad=True)
-    factors = [torch.randn(4, 128) for _ in weights], [torch.randn(len(w), 4) for w in plain]
+    x = torch.randn(7, 128, requires_grad=True, device=DEVICE)
+    factors = (
+        [torch.randn(4, 128, device=DEVICE) for _ in weights],
+        [torch.randn(len(w), 4, device=DEVICE) for w in plain],
+    )
     results = []
     for members in (weights, plain):
         ys = cola_kernels.lora_linear_group(x, members, *factors, [0.5] * 3, [None] * 3)
@@ -87,9 +90,11 @@ def test_keeps_no_dense_weight_for_backward():
 def test_two_layers_share_one_buffer():
     nf4._scratch.clear()
     first, second = quantise(64, 128), quantise(32, 128)
-    x = torch.randn(3, 128, requires_grad=True)
+    x = torch.randn(3, 128, requires_grad=True, device=DEVICE)
     for weight in (first, second, first):
-        y = cola_kernels.lora_linear(x, weight, torch.randn(2, 128), torch.zeros(len(weight) * 2 // 128, 2), 1.0)
+        y = cola_kernels.lora_linear(
+            x, weight, torch.randn(2, 128, device=DEVICE), torch.zeros(len(weight) * 2 // 128, 2, device=DEVICE), 1.0
+        )
         assert torch.equal(y, F.linear(x, dequantised(weight)))
     assert [t.nbytes for t in nf4._scratch.values()] == [64 * 128 * 4]
 
@@ -153,7 +158,13 @@ def test_repacked_codes_come_back_exactly(nested, storage):
     absmax = nf4.scales(nf4.read(weight), slice(0, 64))
     weight.data, _ = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
     with pytest.raises(ValueError, match=r"repacked by bitsandbytes.*unpack_nf4_"):
-        cola_kernels.lora_linear(torch.randn(2, 384), weight, torch.zeros(1, 384), torch.zeros(64, 1), 1.0)
+        cola_kernels.lora_linear(
+            torch.randn(2, 384, device=DEVICE),
+            weight,
+            torch.zeros(1, 384, device=DEVICE),
+            torch.zeros(64, 1, device=DEVICE),
+            1.0,
+        )
     cola_kernels.unpack_nf4_(weight)
     assert weight.dtype == storage
     assert torch.equal(weight.data.view(torch.uint8), before.view(torch.uint8))
@@ -171,8 +182,8 @@ class OnOurOp(torch.nn.Module):
     def __init__(self, linear: Any) -> None:
         super().__init__()
         self.weight = linear.weight
-        self.lora_a = torch.nn.Parameter(torch.randn(4, 64) / 8)
-        self.lora_b = torch.nn.Parameter(torch.zeros(64, 4))
+        self.lora_a = torch.nn.Parameter(torch.randn(4, 64, device=DEVICE) / 8)
+        self.lora_b = torch.nn.Parameter(torch.zeros(64, 4, device=DEVICE))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return cola_kernels.lora_linear(x, self.weight, self.lora_a, self.lora_b, 2.0)
@@ -202,7 +213,7 @@ def test_the_trap_is_real_and_can_be_left():
     """bitsandbytes' layer, evaluated by itself first: its weight is refused, and trains after unpacking."""
     torch.manual_seed(0)
     linear = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
-    layer, x = OnOurOp(linear), torch.randn(8, 64)
+    layer, x = OnOurOp(linear), torch.randn(8, 64, device=DEVICE)
     expected = trained_gradient(copy.deepcopy(layer), x, evaluate_first=False)
     linear.eval()
     linear(x)
@@ -235,7 +246,13 @@ def test_refuses_in_one_sentence(make, message):
     weight = make()
     k = weight.quant_state.shape[1] if getattr(weight, "quant_state", None) is not None else 64
     with pytest.raises(ValueError, match=message):
-        cola_kernels.lora_linear(torch.randn(2, k), weight, torch.zeros(1, k), torch.zeros(8, 1), 1.0)
+        cola_kernels.lora_linear(
+            torch.randn(2, k, device=DEVICE),
+            weight,
+            torch.zeros(1, k, device=DEVICE),
+            torch.zeros(8, 1, device=DEVICE),
+            1.0,
+        )
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=dtype_id)

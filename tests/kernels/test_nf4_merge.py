@@ -246,13 +246,15 @@ def test_the_carry_is_the_best_fit_of_what_is_left(rounding):
 def test_a_carry_of_more_rank_than_the_weight_has_is_padded():
     weight = quantise(3, 64)
     a, b = factors(3, 64, 2)
-    _, next_a, next_b = cola_kernels.nf4_merge_with_carry_(weight, a, b, 1.0, second_moment=torch.eye(64), rank=8)
+    _, next_a, next_b = cola_kernels.nf4_merge_with_carry_(
+        weight, a, b, 1.0, second_moment=torch.eye(64, device=DEVICE), rank=8
+    )
     assert (next_a.shape, next_b.shape) == ((8, 64), (3, 8))
     assert not next_b[:, 3:].any()
 
 
 def bad_moment(value: float) -> torch.Tensor:
-    moment = torch.eye(128)
+    moment = torch.eye(128, device=DEVICE)
     moment[3, 5] = value
     return moment
 
@@ -262,15 +264,18 @@ def bad_moment(value: float) -> torch.Tensor:
     [
         ({"rounding": "up"}, "rounding is 'up'"),
         ({"rounding": "activation"}, "second_moment is None"),
-        ({"rounding": "activation", "second_moment": torch.eye(64)}, r"expected \[128, 128\]"),
+        ({"rounding": "activation", "second_moment": torch.eye(64, device=DEVICE)}, r"expected \[128, 128\]"),
         ({"rounding": "activation", "second_moment": bad_moment(float("nan"))}, "second_moment is not finite"),
-        ({"rounding": "activation", "second_moment": -torch.eye(128)}, "not positive definite"),
-        ({"rounding": "activation", "second_moment": torch.zeros(128, 128)}, "not positive definite"),
-        ({"rounding": "activation", "second_moment": torch.eye(128), "tokens": 10}, "10 tokens.* takes at least 254"),
+        ({"rounding": "activation", "second_moment": -torch.eye(128, device=DEVICE)}, "not positive definite"),
+        ({"rounding": "activation", "second_moment": torch.zeros(128, 128, device=DEVICE)}, "not positive definite"),
+        (
+            {"rounding": "activation", "second_moment": torch.eye(128, device=DEVICE), "tokens": 10},
+            "10 tokens.* takes at least 254",
+        ),
         ({"rounding": "nearest", "held_out": bad_moment(float("inf"))}, "held_out is not finite"),
-        ({"rounding": "nearest", "lora_a": torch.zeros(2, 64)}, "do not fit"),
-        ({"rounding": "nearest", "lora_b": torch.full((8, 2), float("nan"))}, "lora_b is not finite"),
-        ({"rounding": "nearest", "weight": torch.zeros(8, 128)}, "without a quant_state"),
+        ({"rounding": "nearest", "lora_a": torch.zeros(2, 64, device=DEVICE)}, "do not fit"),
+        ({"rounding": "nearest", "lora_b": torch.full((8, 2), float("nan"), device=DEVICE)}, "lora_b is not finite"),
+        ({"rounding": "nearest", "weight": torch.zeros(8, 128, device=DEVICE)}, "without a quant_state"),
         ({"rounding": "nearest", "weight": "fp4"}, "fp4"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -278,7 +283,11 @@ def bad_moment(value: float) -> torch.Tensor:
 def test_refuses_and_leaves_the_weight_as_it_was(options, message):
     weight = quantise(8, 128)
     before = weight.data.clone()
-    arguments: dict[str, Any] = {"weight": weight, "lora_a": torch.zeros(2, 128), "lora_b": torch.zeros(8, 2)} | options
+    arguments: dict[str, Any] = {
+        "weight": weight,
+        "lora_a": torch.zeros(2, 128, device=DEVICE),
+        "lora_b": torch.zeros(8, 2, device=DEVICE),
+    } | options
     if arguments["weight"] == "fp4":
         arguments["weight"] = quantise(8, 128, quant_type="fp4")
     with pytest.raises(ValueError, match=message):
@@ -290,8 +299,8 @@ def test_a_carry_refuses_what_leaves_nothing_to_start_from():
     weight = quantise(8, 128)
     before, factors_ = weight.data.clone(), factors(8, 128, 2)
     for scale, rank, moment, message in (
-        (1.0, 0, torch.eye(128), "rank of at least 1"),
-        (0.0, 2, torch.eye(128), "scale not 0"),
+        (1.0, 0, torch.eye(128, device=DEVICE), "rank of at least 1"),
+        (0.0, 2, torch.eye(128, device=DEVICE), "scale not 0"),
         (1.0, 2, bad_moment(float("nan")), "not finite"),
         (1.0, 2, None, "second_moment is None"),
     ):
