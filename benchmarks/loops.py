@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import triton
 
+from cola_kernels import backend
 from cola_kernels import compile as aot
 
 from . import harness
@@ -60,6 +61,8 @@ class Work(NamedTuple):
 
 
 def run(options: Options) -> dict[str, Any]:
+    if backend.INTERPRET:
+        raise SystemExit("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
     rows = []
     for work in works():
         if work.case.rule or not options.quick:

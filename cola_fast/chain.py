@@ -79,12 +79,10 @@ class Chain:
         if self.open_link is not None:
             raise UserError("The last link is still open: call tie() before extend().")
         self._require_layers()
-        if rank_pattern is not None:
-            assign_ranks(self._shapes(), r or self.settings.r, rank_pattern)
-        pattern = self.settings.rank_pattern if rank_pattern is None else dict(rank_pattern)
-        settings = replace(self.settings, rank_pattern=pattern)
+        pattern = self.settings.rank_pattern if rank_pattern is None else rank_pattern
+        ranks = assign_ranks(self._shapes(), self.settings.r if r is None else r, pattern)
+        settings = replace(self.settings, rank_pattern=None if pattern is None else dict(pattern))
         looked_at = self.batches if batches is None else as_batches(batches)
-        ranks = assign_ranks(self._shapes(), settings.r if r is None else r, pattern)
         index, init = len(self.links), settings.init
 
         @cache

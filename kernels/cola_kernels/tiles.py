@@ -13,7 +13,8 @@ from .backend import INTERPRET
 from .philox import DRAWS_PER_BLOCK, MULTIPLIER_0, MULTIPLIER_2, ROUNDS, WEYL_0, WEYL_1
 
 _INTERPRET = tl.constexpr(INTERPRET)
-_FP32_PRECISION = tl.constexpr("ieee" if INTERPRET else "bf16x6")
+_BF16X6 = not INTERPRET and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # older ones lack it
+_FP32_PRECISION = tl.constexpr("bf16x6" if _BF16X6 else "ieee")
 _ROUNDS = tl.constexpr(ROUNDS)
 _DRAWS_PER_BLOCK = tl.constexpr(DRAWS_PER_BLOCK)
 _MULTIPLIER_0, _MULTIPLIER_2 = tl.constexpr(MULTIPLIER_0), tl.constexpr(MULTIPLIER_2)

@@ -1,11 +1,8 @@
-"""The chain's invariants (DESIGN.md), and what attach refuses."""
+"""The chain's invariants (DESIGN.md), and calls out of order."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +11,6 @@ from torch import Tensor, nn
 from cola_fast import UserError, attach, load_chain
 from cola_fast.bases import DenseBase
 from cola_fast.layer import LoRALinear
-from cola_kernels import merge_
 
 from ..conftest import disturb, snapshot, tiny_llama
 
@@ -146,103 +142,7 @@ def test_folding_needs_no_copy_of_the_weight(rounding: str) -> None:
     assert linear.weight.data_ptr() == weight.data_ptr()
 
 
-# --- 6: targets and ranks ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("keys", "sentence"),
-    [
-        ({"targets": ["q_pro"]}, r"'q_pro' matches no module.* Did you mean q_proj"),
-        ({"targets": "layers.9.q_proj"}, r"matches no module"),
-        ({"targets": "(["}, r"neither a module name nor a regular expression"),
-        ({"targets": ["embed_tokens"]}, r"embed_tokens is a Embedding, but a link can only be attached"),
-        ({"rank_pattern": {"k_proj": 4}}, r"rank_pattern key 'k_proj' matches no module.* q_proj|v_proj"),
-        ({"r": 0}, r"rank of .* is 0, but its weight is 32 x 32: choose 1 to 32"),
-        ({"r": 33}, r"rank of .* is 33"),
-        ({"rank_pattern": {"v_proj": 17}}, r"rank of .*v_proj is 17, but its weight is 16 x 32: choose 1 to 16"),
-        ({"dropout": 1.0}, r"dropout is 1.0"),
-        ({"alpha": 0}, r"alpha is 0"),
-        ({"base": "nf5"}, r"base is 'nf5'"),
-        ({"rounding": "up"}, r"rounding is 'up'"),
-        ({"r": 8.0}, r"rank of .* is 8.0, but a rank is a whole number"),
-        ({"first_rank": 0}, r"rank of .* is 0"),
-        ({"rank_pattern": ["v_proj"]}, r"rank_pattern is \['v_proj'\], but must map"),
-        ({"targets": []}, r"targets is \[\], but must be"),
-        ({"targets": None}, r"targets is None"),
-        ({"alpha": float("inf")}, r"alpha is inf, but it must be a finite number"),
-        ({"dropout": "0.1"}, r"dropout is '0.1', but it must be a finite number"),
-        ({"batches": torch.ones(2, 3, dtype=torch.long)}, r"batches is a Tensor of Tensor, but must be a list"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_bad_arguments_leave_the_model_as_it_was(model: nn.Module, keys: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        attach(model, **keys)
-    assert not any(isinstance(m, LoRALinear) for m in model.modules())
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_an_extend_that_fails_leaves_nothing_behind(model: nn.Module, ids: Tensor) -> None:
-    chain = attach(model, init="eva", batches=[{"input_ids": ids}])
-    chain.tie()
-    with pytest.raises(ValueError, match="input_ids"):
-        chain.extend(rank_pattern={"q_proj": 3}, batches=[{"input_idz": ids}])
-    assert set(chain.extend().ranks.values()) == {8}  # from the batches it had
-
-
-@pytest.mark.parametrize("base", ["dense", "ledger"])
-def test_links_made_in_inference_mode_are_trained(model: nn.Module, ids: Tensor, base: str) -> None:
-    with torch.inference_mode():
-        chain = attach(model, base=base)
-    for _ in range(2):
-        disturb(chain)
-        model(input_ids=ids, labels=ids).loss.backward()
-        assert all(p.grad is not None for p in chain.parameters())
-        with torch.inference_mode():
-            chain.tie()
-            chain.extend()
-
-
-def test_adapters_of_peft_get_no_links(model: nn.Module) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    with pytest.raises(UserError, match=r"q_proj.* belongs to a LoRA layer of PEFT: merge"):
-        attach(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), targets="all-linear")
-
-
-def test_tied_weights_are_refused() -> None:
-    model = tiny_llama(tie_word_embeddings=True)
-    with pytest.raises(UserError, match=r"lm_head shares its weight with model.embed_tokens"):
-        attach(model, targets=["lm_head"])
-
-
-def test_unsupported_modules_are_refused_and_nothing_is_half_done(model: nn.Module) -> None:
-    class Special(nn.Linear):
-        pass
-
-    model.model.layers[1].self_attn.v_proj = Special(32, 16, bias=False)
-    with pytest.raises(UserError, match=r"v_proj is a .*Special, but a link can only be attached to a plain"):
-        attach(model)
-    assert not any(isinstance(m, LoRALinear) for m in model.modules())
-
-
-def test_a_replaced_forward_is_refused(model: nn.Module) -> None:
-    layer = model.model.layers[0].self_attn.q_proj
-    layer.forward = layer.forward
-    with pytest.raises(UserError, match="has had its forward replaced"):
-        attach(model)
-
-
-def test_all_linear_leaves_the_head_out(model: nn.Module) -> None:
-    chain = attach(model, targets="all-linear")
-    assert len(chain.layers) == 14
-    assert "lm_head" not in chain.layers
-
-
-def test_a_second_chain_is_refused(model: nn.Module) -> None:
-    attach(model)
-    with pytest.raises(UserError, match="already belongs to a chain"):
-        attach(model)
+# --- 6, targets and ranks, is in test_attach.py; the folder in test_chain_folder.py
 
 
 # --- 7: what may change -----------------------------------------------------------------------------------------------
@@ -330,131 +230,3 @@ def test_a_link_with_nan_is_never_tied(model: nn.Module, tmp_path: Path) -> None
     assert snapshot(tmp_path) == before
     assert chain.open_link is not None
     assert all(torch.equal(a, layer.weight) for a, layer in zip(weights, chain.layers.values(), strict=True))
-
-
-# --- the folder -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    chain = attach(tiny_llama(), r=2)
-    chain.save(tmp_path / "run")
-    for k in range(2):
-        disturb(chain, seed=k)
-        chain.tie()
-        chain.extend()
-    chain.save(tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.mark.parametrize("damage", ["truncate", "edit", "remove"])
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
-def test_a_damaged_link_is_named_and_the_model_untouched(saved: Path, damage: str, file: str) -> None:
-    path = saved / "links" / "001" / file
-    data = path.read_bytes()
-    if damage == "remove":
-        path.unlink()
-    else:
-        path.write_bytes(data[:-10] if damage == "truncate" else data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
-    model = tiny_llama()
-    before = [p.clone() for p in model.parameters()]
-    with pytest.raises(UserError, match=rf"links/001/{file} is (not the file|missing)"):
-        load_chain(model, saved)
-    assert not any(isinstance(m, LoRALinear) for m in model.modules())
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-def test_another_base_is_refused(saved: Path) -> None:
-    with pytest.raises(UserError, match="this model's weights differ"):
-        load_chain(tiny_llama(seed=1), saved)
-
-
-def test_a_model_with_tied_links_is_refused(saved: Path) -> None:
-    """Folding twice is the one mistake that would be silent."""
-    model = tiny_llama()
-    load_chain(model, saved).detach()
-    with pytest.raises(UserError, match="already"):
-        load_chain(model, saved)
-
-
-def test_a_chain_may_be_loaded_in_another_dtype(saved: Path, ids: Tensor) -> None:
-    wide, narrow = tiny_llama(), tiny_llama(dtype=torch.bfloat16)
-    load_chain(wide, saved)
-    load_chain(narrow, saved)
-    assert relative(logits(narrow, ids), logits(wide, ids)) < 0.05
-
-
-def test_an_earlier_point_can_be_looked_at_but_not_written(saved: Path, ids: Tensor) -> None:
-    before = snapshot(saved)
-    model = tiny_llama()
-    chain = load_chain(model, saved, links=1)
-    assert (len(chain.links), chain.open_link) == (1, None)
-    whole = tiny_llama()
-    load_chain(whole, saved)
-    chain.replay(1)
-    assert torch.equal(logits(model, ids), logits(whole, ids))
-    earlier = load_chain(tiny_llama(), saved, links=1)
-    earlier.extend()
-    with pytest.raises(UserError, match="earlier point"):
-        earlier.tie()
-    with pytest.raises(UserError, match="earlier point"):
-        earlier.save(saved)
-    with pytest.raises(UserError, match="links=3"):
-        load_chain(tiny_llama(), saved, links=3)
-    assert snapshot(saved) == before
-
-
-def test_a_damaged_state_falls_back_to_the_one_before(saved: Path) -> None:
-    newest = sorted((saved / "state").glob("*.pt"))[-1]
-    older = newest.with_name("00000000.pt")
-    chain = load_chain(tiny_llama(), saved)
-    chain.save(saved)  # now two states of link 2
-    newest = sorted((saved / "state").glob("*.pt"))[-1]
-    assert newest.name != older.name
-    newest.write_bytes(newest.read_bytes()[:100])
-    assert load_chain(tiny_llama(), saved).open_link is not None
-
-
-def test_only_two_states_are_kept(model: nn.Module, tmp_path: Path) -> None:
-    chain = attach(model)
-    for _ in range(5):
-        chain.save(tmp_path)
-    assert [p.name for p in sorted((tmp_path / "state").iterdir())] == ["00000003.pt", "00000004.pt"]
-
-
-def test_another_chain_in_the_folder_is_refused(saved: Path) -> None:
-    with pytest.raises(UserError, match="already holds a chain"):
-        attach(tiny_llama()).save(saved)
-
-
-@pytest.mark.parametrize("content", ['{"format": 99}', "[]", "{", None], ids=["newer", "list", "cut", "absent"])
-def test_unreadable_chain_files(saved: Path, content: str | None) -> None:
-    path = saved / "chain.json"
-    path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(UserError, match=r"chain.json (has format|is damaged|is missing)"):
-        load_chain(tiny_llama(), saved)
-
-
-def test_a_saved_chain_can_move(saved: Path, tmp_path: Path, ids: Tensor) -> None:
-    here = tiny_llama()
-    load_chain(here, saved)
-    shutil.move(saved, tmp_path / "elsewhere")
-    there = tiny_llama()
-    load_chain(there, tmp_path / "elsewhere")
-    assert torch.equal(logits(here, ids), logits(there, ids))
-
-
-def test_the_record_says_what_the_fold_kept(saved: Path) -> None:
-    record = json.loads((saved / "chain.json").read_text())
-    assert [entry["index"] for entry in record["links"]] == [0, 1]
-    assert all(entry["fold"]["retained"] == pytest.approx(1, abs=1e-5) for entry in record["links"])
-
-
-def test_report_measures_what_was_lost() -> None:
-    """An update below half a bf16 spacing is lost by nearest rounding; stochastic rounding keeps it in expectation."""
-    weight = torch.ones(256, 256, dtype=torch.bfloat16)
-    a, b = torch.ones(1, 256), torch.full((256, 1), 2**-10)
-    kept = {r: merge_(weight.clone(), a, b, 1.0, rounding=r, report=True) for r in ("nearest", "stochastic")}
-    assert kept["nearest"] == (0.0, 1.0)
-    # 65,536 draws that move by 2**-7 with probability 1/8: standard deviation of the mean sqrt(7) / 256
-    assert abs(kept["stochastic"].retained - 1) < 4 * 7**0.5 / 256

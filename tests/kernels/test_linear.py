@@ -176,12 +176,15 @@ def test_every_configuration_of_the_seed(rank, dropout):
     p = make_problem(70, 300, 24, rank, torch.float16)
     ds, seed = skinny.launch_project(p.dy, p.lora_b.t(), p.scale, 0.0, None), torch.tensor(5, device=DEVICE)
     mask = reference.make_mask(seed, *p.x.shape, dropout) if dropout else torch.zeros_like(p.x, dtype=torch.bool)
-    exact = (ds.double() @ p.lora_a.double()).masked_fill_(mask, 0) / (1 - round(dropout * 65536) / 65536)
+    exact, same = (
+        (u @ a).masked_fill_(mask, 0) / (1 - round(dropout * 65536) / 65536)
+        for u, a in ((ds.double(), p.lora_a.double()), (ds, p.lora_a))
+    )
     for hopper in (True, False):
         shape = tuning.Shape(p.x.device, p.x.dtype, 8192, 300, 32, dropout > 0)
         for config in matmul.seed_configs(shape, hopper):
             got = matmul.run_seed(config, ds, p.lora_a, 1.0, None, dropout, seed if dropout else None)
-            assert error(got, exact) < 1e-3, config  # half an ulp of fp16 is 4.9e-4
+            assert error(got, exact) <= 2 * error(same, exact) + 1e-6, config
             assert torch.equal(got == 0, mask), config  # no product is zero by chance
 
 

@@ -1,0 +1,110 @@
+"""Targets and ranks, and what attach and extend refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cola_fast import UserError, attach
+from cola_fast.layer import LoRALinear
+
+from ..conftest import disturb, tiny_llama
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"targets": ["q_pro"]}, r"'q_pro' matches no module.* Did you mean q_proj"),
+        ({"targets": "layers.9.q_proj"}, r"matches no module"),
+        ({"targets": "(["}, r"neither a module name nor a regular expression"),
+        ({"targets": ["embed_tokens"]}, r"embed_tokens is a Embedding, but a link can only be attached"),
+        ({"rank_pattern": {"k_proj": 4}}, r"rank_pattern key 'k_proj' matches no module.* q_proj|v_proj"),
+        ({"r": 0}, r"rank of .* is 0, but its weight is 32 x 32: choose 1 to 32"),
+        ({"r": 33}, r"rank of .* is 33"),
+        ({"rank_pattern": {"v_proj": 17}}, r"rank of .*v_proj is 17, but its weight is 16 x 32: choose 1 to 16"),
+        ({"dropout": 1.0}, r"dropout is 1.0"),
+        ({"alpha": 0}, r"alpha is 0"),
+        ({"base": "nf5"}, r"base is 'nf5'"),
+        ({"rounding": "up"}, r"rounding is 'up'"),
+        ({"r": 8.0}, r"rank of .* is 8.0, but a rank is a whole number"),
+        ({"first_rank": 0}, r"rank of .* is 0"),
+        ({"rank_pattern": ["v_proj"]}, r"rank_pattern is \['v_proj'\], but must map"),
+        ({"targets": []}, r"targets is \[\], but must be"),
+        ({"targets": None}, r"targets is None"),
+        ({"alpha": float("inf")}, r"alpha is inf, but it must be a finite number"),
+        ({"dropout": "0.1"}, r"dropout is '0.1', but it must be a finite number"),
+        ({"batches": torch.ones(2, 3, dtype=torch.long)}, r"batches is a Tensor of Tensor, but must be a list"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_leave_the_model_as_it_was(model: nn.Module, keys: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        attach(model, **keys)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_extend_that_fails_leaves_nothing_behind(model: nn.Module, ids: Tensor) -> None:
+    chain = attach(model, init="eva", batches=[{"input_ids": ids}])
+    chain.tie()
+    with pytest.raises(ValueError, match="input_ids"):
+        chain.extend(rank_pattern={"q_proj": 3}, batches=[{"input_idz": ids}])
+    assert set(chain.extend().ranks.values()) == {8}  # from the batches it had
+
+
+@pytest.mark.parametrize("base", ["dense", "ledger"])
+def test_links_made_in_inference_mode_are_trained(model: nn.Module, ids: Tensor, base: str) -> None:
+    with torch.inference_mode():
+        chain = attach(model, base=base)
+    for _ in range(2):
+        disturb(chain)
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for p in chain.parameters())
+        with torch.inference_mode():
+            chain.tie()
+            chain.extend()
+
+
+def test_adapters_of_peft_get_no_links(model: nn.Module) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(UserError, match=r"q_proj.* belongs to a LoRA layer of PEFT: merge"):
+        attach(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), targets="all-linear")
+
+
+def test_tied_weights_are_refused() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"lm_head shares its weight with model.embed_tokens"):
+        attach(model, targets=["lm_head"])
+
+
+def test_unsupported_modules_are_refused_and_nothing_is_half_done(model: nn.Module) -> None:
+    class Special(nn.Linear):
+        pass
+
+    model.model.layers[1].self_attn.v_proj = Special(32, 16, bias=False)
+    with pytest.raises(UserError, match=r"v_proj is a .*Special, but a link can only be attached to a plain"):
+        attach(model)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+def test_a_replaced_forward_is_refused(model: nn.Module) -> None:
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.forward = layer.forward
+    with pytest.raises(UserError, match="has had its forward replaced"):
+        attach(model)
+
+
+def test_all_linear_leaves_the_head_out(model: nn.Module) -> None:
+    chain = attach(model, targets="all-linear")
+    assert len(chain.layers) == 14
+    assert "lm_head" not in chain.layers
+
+
+def test_a_second_chain_is_refused(model: nn.Module) -> None:
+    attach(model)
+    with pytest.raises(UserError, match="already belongs to a chain"):
+        attach(model)

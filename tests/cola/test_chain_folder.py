@@ -1,0 +1,152 @@
+"""A chain's folder: what load_chain refuses, what it falls back to, and what the record says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cola_fast import UserError, attach, load_chain
+from cola_fast.layer import LoRALinear
+from cola_kernels import merge_
+
+from ..conftest import disturb, snapshot, tiny_llama
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(ids).logits
+    return result
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    chain = attach(tiny_llama(), r=2)
+    chain.save(tmp_path / "run")
+    for k in range(2):
+        disturb(chain, seed=k)
+        chain.tie()
+        chain.extend()
+    chain.save(tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "edit", "remove"])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_link_is_named_and_the_model_untouched(saved: Path, damage: str, file: str) -> None:
+    path = saved / "links" / "001" / file
+    data = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-10] if damage == "truncate" else data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    model = tiny_llama()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(UserError, match=rf"links/001/{file} is (not the file|missing)"):
+        load_chain(model, saved)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_another_base_is_refused(saved: Path) -> None:
+    with pytest.raises(UserError, match="this model's weights differ"):
+        load_chain(tiny_llama(seed=1), saved)
+
+
+def test_a_model_with_tied_links_is_refused(saved: Path) -> None:
+    """Folding twice is the one mistake that would be silent."""
+    model = tiny_llama()
+    load_chain(model, saved).detach()
+    with pytest.raises(UserError, match="already"):
+        load_chain(model, saved)
+
+
+def test_a_chain_may_be_loaded_in_another_dtype(saved: Path, ids: Tensor) -> None:
+    wide, narrow = tiny_llama(), tiny_llama(dtype=torch.bfloat16)
+    load_chain(wide, saved)
+    load_chain(narrow, saved)
+    assert relative(logits(narrow, ids), logits(wide, ids)) < 0.05
+
+
+def test_an_earlier_point_can_be_looked_at_but_not_written(saved: Path, ids: Tensor) -> None:
+    before = snapshot(saved)
+    model = tiny_llama()
+    chain = load_chain(model, saved, links=1)
+    assert (len(chain.links), chain.open_link) == (1, None)
+    whole = tiny_llama()
+    load_chain(whole, saved)
+    chain.replay(1)
+    assert torch.equal(logits(model, ids), logits(whole, ids))
+    earlier = load_chain(tiny_llama(), saved, links=1)
+    earlier.extend()
+    with pytest.raises(UserError, match="earlier point"):
+        earlier.tie()
+    with pytest.raises(UserError, match="earlier point"):
+        earlier.save(saved)
+    with pytest.raises(UserError, match="links=3"):
+        load_chain(tiny_llama(), saved, links=3)
+    assert snapshot(saved) == before
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(saved: Path) -> None:
+    newest = sorted((saved / "state").glob("*.pt"))[-1]
+    older = newest.with_name("00000000.pt")
+    chain = load_chain(tiny_llama(), saved)
+    chain.save(saved)  # now two states of link 2
+    newest = sorted((saved / "state").glob("*.pt"))[-1]
+    assert newest.name != older.name
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert load_chain(tiny_llama(), saved).open_link is not None
+
+
+def test_only_two_states_are_kept(model: nn.Module, tmp_path: Path) -> None:
+    chain = attach(model)
+    for _ in range(5):
+        chain.save(tmp_path)
+    assert [p.name for p in sorted((tmp_path / "state").iterdir())] == ["00000003.pt", "00000004.pt"]
+
+
+def test_another_chain_in_the_folder_is_refused(saved: Path) -> None:
+    with pytest.raises(UserError, match="already holds a chain"):
+        attach(tiny_llama()).save(saved)
+
+
+@pytest.mark.parametrize("content", ['{"format": 99}', "[]", "{", None], ids=["newer", "list", "cut", "absent"])
+def test_unreadable_chain_files(saved: Path, content: str | None) -> None:
+    path = saved / "chain.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=r"chain.json (has format|is damaged|is missing)"):
+        load_chain(tiny_llama(), saved)
+
+
+def test_a_saved_chain_can_move(saved: Path, tmp_path: Path, ids: Tensor) -> None:
+    here = tiny_llama()
+    load_chain(here, saved)
+    shutil.move(saved, tmp_path / "elsewhere")
+    there = tiny_llama()
+    load_chain(there, tmp_path / "elsewhere")
+    assert torch.equal(logits(here, ids), logits(there, ids))
+
+
+def test_the_record_says_what_the_fold_kept(saved: Path) -> None:
+    record = json.loads((saved / "chain.json").read_text())
+    assert [entry["index"] for entry in record["links"]] == [0, 1]
+    assert all(entry["fold"]["retained"] == pytest.approx(1, abs=1e-5) for entry in record["links"])
+
+
+def test_report_measures_what_was_lost() -> None:
+    """An update below half a bf16 spacing is lost by nearest rounding; stochastic rounding keeps it in expectation."""
+    weight = torch.ones(256, 256, dtype=torch.bfloat16)
+    a, b = torch.ones(1, 256), torch.full((256, 1), 2**-10)
+    kept = {r: merge_(weight.clone(), a, b, 1.0, rounding=r, report=True) for r in ("nearest", "stochastic")}
+    assert kept["nearest"] == (0.0, 1.0)
+    # 65,536 draws that move by 2**-7 with probability 1/8: standard deviation of the mean sqrt(7) / 256
+    assert abs(kept["stochastic"].retained - 1) < 4 * 7**0.5 / 256
