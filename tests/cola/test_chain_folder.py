@@ -15,16 +15,7 @@ from cola_fast.layer import LoRALinear
 from cola_kernels import merge_
 
 from ..conftest import disturb, snapshot, tiny_llama
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(ids).logits
-    return result
+from .test_chain import logits, relative
 
 
 @pytest.fixture
