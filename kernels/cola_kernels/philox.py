@@ -25,25 +25,30 @@ MULTIPLIER_0, MULTIPLIER_2 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 _SIGN_OF_BOTH_HALVES = 0x80008000 - (1 << 32)
-_TILE_BLOCKS = 1 << 16  # 512 KiB an int64 temporary
+_TILE_BLOCKS = 1 << 15  # for each thread: 256 KiB an int64 temporary, and five are alive
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """One Philox4x32 block per element. Words are the low 32 bits of int64 tensors, which broadcast.
 
-    Only what is multiplied is cut to 32 bits: the products wrap in int64, but their bits are right.
+    Only what is multiplied is cut to 32 bits: the products wrap in int64, but their bits are right. Each step
+    overwrites what is not read again, which keeps a tile in a CPU's cache: two to three times faster.
     """
     c0, c1, c2, c3 = counter
+    c0, c2 = c0 & _LOW, c2 & _LOW
     turn = torch.arange(ROUNDS, device=key[0].device)
     keys = ((word + turn * weyl).unbind() for word, weyl in zip(key, (WEYL_0, WEYL_1), strict=True))
     for k0, k1 in zip(*keys, strict=True):
-        p0, p2 = (c0 & _LOW) * MULTIPLIER_0, (c2 & _LOW) * MULTIPLIER_2
+        p0, p2 = c0.mul_(MULTIPLIER_0), c2.mul_(MULTIPLIER_2)
         c0, c1, c2, c3 = _mix(p2 >> 32, c1, k0), p2, _mix(p0 >> 32, c3, k1), p0
     return c0, c1, c2, c3
 
 
 def _mix(high: Tensor, word: Tensor, key: Tensor) -> Tensor:
-    return torch.bitwise_xor(high, word).bitwise_xor_(key)
+    """The low 32 bits of high ^ word ^ key, in high's memory unless it is a scalar and word is not."""
+    high.bitwise_xor_(key)
+    mixed = high ^ word if word.dim() > high.dim() else high.bitwise_xor_(word)
+    return mixed.bitwise_and_(_LOW)
 
 
 def draws(seed: Tensor, rows: int, columns: int, *, first_row: int = 0) -> Tensor:
@@ -53,7 +58,7 @@ def draws(seed: Tensor, rows: int, columns: int, *, first_row: int = 0) -> Tenso
     """
     blocks = (columns + DRAWS_PER_BLOCK - 1) // DRAWS_PER_BLOCK  # in a row
     words = torch.empty(rows, blocks, 4, dtype=torch.int32, device=seed.device)
-    tile = max(1, _TILE_BLOCKS // max(blocks, 1)) if _in_tiles(seed) else max(1, rows)
+    tile = max(1, _TILE_BLOCKS * torch.get_num_threads() // max(blocks, 1)) if _in_tiles(seed) else max(1, rows)
     for first in range(0, rows, tile):
         part = words[first : first + tile]
         for i, word in enumerate(_words(seed, (first_row + first) * blocks, part.shape[0] * blocks)):
@@ -71,7 +76,7 @@ def _words(seed: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
 
 
 def _in_tiles(seed: Tensor) -> bool:
-    """Temporaries that stay in a CPU's cache make it three times faster. A GPU and a compiler want all at once."""
+    """Temporaries that stay in a CPU's cache make it faster by half. A GPU and a compiler want all at once."""
     return seed.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -23,6 +23,8 @@ from . import autograd, gates, nf4
 from .checks import check_merge
 from .philox import DRAW_RANGE, as_seed, draws, dropout_threshold, inverse_keep
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
+
 
 class FoldReport(NamedTuple):
     """What a fold did to one weight, against the update `delta` it was asked to add (Frobenius inner product).
@@ -107,7 +109,8 @@ def lora_linear_group(
 
 
 def make_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
-    return draws(seed, rows, columns) < dropout_threshold(dropout) - DRAW_RANGE // 2  # True where dropped
+    """int16 [rows, columns]: every bit set where an element is kept, none where it is dropped."""
+    return draws(seed, rows, columns).ge_(dropout_threshold(dropout) - DRAW_RANGE // 2).neg_()
 
 
 def project(x: Tensor, a: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
@@ -129,7 +132,9 @@ def seeded_matmul(
     y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)  # [M, P]
     if mask is None:
         return y.addmm_(u, v, alpha=scale)
-    return y.add_(torch.mm(u, v).masked_fill_(mask, 0), alpha=scale * inverse_keep(dropout))
+    product = torch.mm(u, v)
+    _bits(product).bitwise_and_(mask)
+    return y.add_(product, alpha=scale * inverse_keep(dropout))
 
 
 def output_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -156,12 +161,17 @@ GATE = gates.make_gate(gates.gate_grads)
 
 def _zero(x: Tensor, mask: Tensor | None) -> Tensor:
     """Dropout of x `[M, K]` but for its factor, which goes to something smaller."""
-    return x if mask is None else x.masked_fill(mask, 0)
+    return x if mask is None else (_bits(x) & mask).view(x.dtype)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """x's memory as integers: a CPU masks them several times faster than `masked_fill` does."""
+    return x.view(_INTEGERS[x.element_size()])
 
 
 def dropout_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     """True where an element is kept. The probability is rounded to a multiple of 2**-16."""
-    return make_mask(seed, rows, columns, dropout).logical_not_()
+    return make_mask(seed, rows, columns, dropout) != 0
 
 
 TILE_ELEMENTS = 1 << 16  # of the fp32 tile merge_ works in, 256 KiB: all temporaries stay small, and in a CPU's cache
