@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backend, gates, nf4, nf4_fold, reference, small
+from . import autograd, backend, gates, nf4, nf4_cpu, nf4_fold, reference, small
 from .nf4 import NF4
 from .reference import FoldReport
 
@@ -217,7 +217,7 @@ def nf4_dequantize(weight: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.cuda.device_of(out):
             launch_dequantize(*view[:5], *view.layout, out)
         return out
-    return nf4.dequantize(view, out)
+    return nf4_cpu.dequantize(view, out)
 
 
 def nf4_merge_(

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, gates, nf4
+from . import autograd, gates, nf4_cpu
 from .checks import check_merge
 from .philox import DRAW_RANGE, as_seed, draws, dropout_threshold, inverse_keep
 
@@ -154,7 +154,7 @@ def factor_grad(ds: Tensor, x: Tensor, dropout: float, mask: Tensor | None, dtyp
 
 
 FUNCTION = autograd.make_function(
-    autograd.Primitives(make_mask, project, seeded_matmul, output_grads, factor_grad, nf4.dequantize)
+    autograd.Primitives(make_mask, project, seeded_matmul, output_grads, factor_grad, nf4_cpu.dequantize)
 )
 GATE = gates.make_gate(gates.gate_grads)
 

@@ -33,6 +33,7 @@ def read_out(weight: Any, dtype: torch.dtype) -> torch.Tensor:
 def test_reads_what_bitsandbytes_reads(blocksize, nested, dtype):
     weight = quantise(37, 8192 if blocksize == 4096 else 384, blocksize=blocksize, nested=nested, dtype=dtype)
     assert torch.equal(read_out(weight, dtype), dequantised(weight))
+    assert torch.equal(cola_kernels.nf4_dequantize(weight, dtype), dequantised(weight))
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32], ids=dtype_id)
