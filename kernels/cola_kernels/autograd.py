@@ -130,9 +130,9 @@ def make_function(ops: Primitives) -> type[Function]:
         @staticmethod
         @once_differentiable
         @_without_autocast
-        def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, saved: Sequence[Any], *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             scales, dropout, count = ctx.scales, ctx.dropout, len(ctx.scales)
-            x, s, seed, *members = ctx.saved_tensors
+            x, s, seed, *members = saved
             mains, lora_as, lora_bs = (members[i * count : (i + 1) * count] for i in range(3))
             others = members[3 * count :]
             weights = nf4.join(mains, others, ctx.layouts)
@@ -184,12 +184,12 @@ def _without_autocast(backward: Backward) -> Backward:
     """Forward has settled the dtypes; people call `loss.backward()` where autocast would change some of them."""
 
     @functools.wraps(backward)
-    def wrapped(ctx: Any, *dys: Tensor | None) -> Any:
+    def wrapped(ctx: Any, saved: Sequence[Any], *dys: Tensor | None) -> Any:
         kinds = {dy.device.type for dy in dys if dy is not None}
         if not any(map(torch.is_autocast_enabled, kinds)):
-            return backward(ctx, *dys)
+            return backward(ctx, saved, *dys)
         with torch.autocast(kinds.pop(), enabled=False):
-            return backward(ctx, *dys)
+            return backward(ctx, saved, *dys)
 
     return cast(Backward, wrapped)
 

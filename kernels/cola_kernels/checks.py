@@ -16,6 +16,10 @@ def check_lora_linear(
     x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, dropout: float
 ) -> None:
     check_factors(weight, lora_a, lora_b)
+    frozen = weight.codes if isinstance(weight, NF4) else weight
+    if not x.device == frozen.device == lora_a.device == lora_b.device:
+        devices = ", ".join(str(t.device) for t in (x, frozen, lora_a, lora_b))
+        raise ValueError(f"x, weight, lora_a and lora_b are on {devices}: move them to one device.")
     n, k = weight.shape
     if x.dim() < 1 or x.shape[-1] != k:
         raise ValueError(f"x has shape {list(x.shape)}, but weight [N, K] = [{n}, {k}] needs x [..., {k}].")

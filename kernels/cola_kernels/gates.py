@@ -48,8 +48,8 @@ def make_gate(gate_grads: GateGrads) -> type[Function]:
 
         @staticmethod
         @once_differentiable
-        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-            y0, c = ctx.saved_tensors
+        def backward(ctx: Any, saved: Sequence[Any], dy: Tensor) -> tuple[Tensor | None, ...]:
+            y0, c = saved
             dc = None
             if y0 is None:
                 dy0 = _times(dy, c, None) if ctx.needs_input_grad[0] else None

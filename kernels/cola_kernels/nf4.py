@@ -184,23 +184,23 @@ def dequantize(weight: NF4, out: Tensor) -> Tensor:
     return out
 
 
-_scratch: dict[Any, Tensor] = {}
+_scratch: dict[int, Tensor] = {}
 
 
 def scratch(weight: NF4, dtype: torch.dtype) -> Tensor:
     """An uninitialised [N, K] to dequantise into and multiply by at once: the next call hands out the same memory.
 
-    There is one buffer a stream (a thread on the CPU), as large as the largest weight asked for. Where calls are
-    recorded to run again later, by torch.compile or into a CUDA graph, the memory is the recorder's to plan.
+    On a CPU there is one buffer a thread, as large as the largest weight asked for: fresh memory costs as much as
+    filling it. Elsewhere PyTorch's allocator hands freed memory out again, in the order of the stream.
     """
-    device, shape = weight.codes.device, weight.shape
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return torch.empty(shape, dtype=dtype, device=device)
-    lane = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
-    size = shape[0] * shape[1] * dtype.itemsize
-    buffer = _scratch.get((device, lane))
+    shape, size = weight.shape, weight.shape[0] * weight.shape[1] * dtype.itemsize
+    if weight.codes.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=weight.codes.device)
+    buffer = _scratch.get(threading.get_ident())
     if buffer is None or buffer.numel() < size:
-        buffer = _scratch[device, lane] = torch.empty(size, dtype=torch.uint8, device=device)
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if type(buffer) is Tensor:  # not under FakeTensorMode
+            _scratch[threading.get_ident()] = buffer
     return buffer[:size].view(dtype).view(shape)
 
 

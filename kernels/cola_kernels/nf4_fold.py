@@ -64,7 +64,7 @@ def fold(
     check_nf4_merge(view, lora_a, lora_b, rounding, second_moment, held_out, carry_rank)
     a, b = lora_a.detach().float(), lora_b.detach().float()
     key = as_seed(seed, a.device) if rounding == "stochastic" else None
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         lower = damped_factor(second_moment, damping, tokens) if second_moment is not None and carry_rank else None
         if rounding == "activation" and second_moment is not None:
             upper, order = inverse_factor(second_moment, damping, tokens)

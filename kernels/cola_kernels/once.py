@@ -32,15 +32,17 @@ class _Refusal(Function):
 
 
 def once_differentiable(backward: Backward) -> Backward:
-    """For a Function's backward: a second derivative through it raises RuntimeError, and is never silently left out."""
+    """For a Function's `backward(ctx, saved, *dys)`: a second derivative through it raises RuntimeError, and is never
+    silently left out. saved: ctx.saved_tensors, which activation checkpointing lets nobody read twice."""
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *dys: Tensor | None) -> Any:
         with torch.no_grad():
-            gradients = backward(ctx, *dys)
+            saved = ctx.saved_tensors
+            gradients = backward(ctx, saved, *dys)
         if not torch.is_grad_enabled():  # no create_graph
             return gradients
-        sources = [t for t in (*dys, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        sources = [t for t in (*dys, *saved) if t is not None and t.requires_grad]
         if not sources:
             return gradients
         several = gradients if isinstance(gradients, tuple) else (gradients,)

@@ -129,12 +129,14 @@ def seeded_matmul(
     dropout: float,
     mask: Tensor | None,
 ) -> Tensor:
-    y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)  # [M, P]
-    if mask is None:
-        return y.addmm_(u, v, alpha=scale)
-    product = torch.mm(u, v)
-    _bits(product).bitwise_and_(mask)
-    return y.add_(product, alpha=scale * inverse_keep(dropout))
+    # In place, into memory that no mm returned: whoever caches products, as selective checkpointing, forbids a change.
+    if bias is None:
+        y = _product(u, v, scale * inverse_keep(dropout))  # [M, P]
+    else:
+        y = bias.expand(x.shape[0], -1).clone().addmm_(u, v, alpha=scale * inverse_keep(dropout))
+    if mask is not None:
+        _bits(y).bitwise_and_(mask)
+    return y.addmm_(x, w)
 
 
 def output_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -226,7 +228,7 @@ def merge_(
 
     n, k = weight.shape
     step = max(1, TILE_ELEMENTS // max(k, 1))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         sums = [fold(slice(first, min(first + step, n))) for first in range(0, n, step)]
     if not report:
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,6 +47,6 @@ def lora_linear_group(
     ys = []
     for s_i, weight, b, scale, bias in zip(parts, weights, lora_bs, scales, biases, strict=True):
         y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))  # [M, N]
-        y.addmm_(s_i, b.to(dtype).t(), alpha=scale)
+        y = torch.addmm(y, s_i, b.to(dtype).t(), alpha=scale)  # not in place: selective checkpointing may have kept y
         ys.append(y.view(*x.shape[:-1], y.shape[-1]))
     return tuple(ys)

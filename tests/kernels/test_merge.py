@@ -46,6 +46,16 @@ def test_adds_the_update_in_place(rounding, dtype, report):
     assert result.error == pytest.approx(float((change - delta).norm() / delta.norm()), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("library", [cola_kernels, cola_kernels.reference], ids=["public", "reference"])
+def test_autocast_does_not_touch_the_weight(library):
+    weight, a, b = make(50, 70, 5, torch.float32)
+    expected, c = weight.clone(), torch.linspace(0.5, 2, 50)
+    library.merge_(expected, a, b, 0.25, c=c)
+    with torch.autocast("cpu", torch.bfloat16):
+        library.merge_(weight, a, b, 0.25, c=c)
+    assert torch.equal(weight, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_rows_are_scaled_after_the_update_and_rounded_once(dtype):
     weight, a, b = make(50, 70, 5, dtype)

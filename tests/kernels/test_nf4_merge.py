@@ -76,6 +76,18 @@ def test_only_codes_change_and_bitsandbytes_reads_them(rounding, nested):
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_autocast_does_not_change_the_codes(rounding):
+    plain, cast = quantise(40, 192), quantise(40, 192)
+    a, b = factors(40, 192, 8)
+    expected = merge(plain, a, b, rounding, seed=3)
+    moment = activations(192)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        report = merge(cast, a, b, rounding, seed=3, second_moment=moment)
+    assert torch.equal(cast, plain)
+    assert report == expected
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_nothing_to_add_changes_nothing(rounding):
     weight = quantise(40, 192)
     before = weight.data.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import cola_kernels
 from cola_kernels import reference
@@ -28,6 +29,19 @@ def test_second_derivatives_are_refused(library, gated):
         torch.autograd.grad(first.sum(), x)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         first.sum().backward()
+
+
+def test_create_graph_under_activation_checkpointing():
+    """It lets nobody read what is saved twice."""
+    p = make_problem(5, 12, 8, 2, torch.float64)
+    x = p.x.clone().requires_grad_()
+
+    def run(x):
+        return cola_kernels.lora_linear(x, p.weight, p.lora_a, p.lora_b, p.scale)
+
+    (plain,) = torch.autograd.grad(run(x).sum(), x)
+    (first,) = torch.autograd.grad(checkpoint(run, x, use_reentrant=False).sum(), x, create_graph=True)
+    assert torch.equal(first, plain)
 
 
 def test_the_factors_have_none_either():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from cola_kernels import reference
+from cola_kernels import reference, small
 
 from .conftest import Problem, assert_within_rule, dtype_id, eager, error, leaves, make_problem, ours
 
@@ -110,6 +112,23 @@ def test_checkpointing_replays_the_mask():
     assert not torch.equal(reference.lora_linear(*p[:4], p.scale, dropout=0.4), plain["y"])
 
 
+@pytest.mark.parametrize("op", [reference.lora_linear_group, small.lora_linear_group], ids=["reference", "small"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_selective_checkpointing_keeps_products(op, bias):
+    """Results of mm and addmm are cached, and must not change afterwards."""
+    p = make_problem(10, 32, 24, 4, torch.float64, bias=bias, device="cpu")
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+
+    def run(x, weight, a, b, scale, bias, **_):
+        return op(x, [weight], [a], [b], [scale], [bias])[0]
+
+    def recomputed(*args, **_):
+        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
+
+    plain, again = ours(run, p), ours(recomputed, p)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_group_equals_its_members(dropout):
     first = make_problem((2, 7), 40, 24, 4, torch.float64, bias=True, dropout=dropout, device="cpu")
@@ -178,9 +197,10 @@ def _problem() -> Problem:
         ({"lora_b": torch.zeros(8, 3)}, "do not fit"),
         ({"bias": torch.zeros(7)}, "bias must be"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"lora_a": torch.zeros(2, 12, device="meta")}, "on cpu, cpu, meta, cpu: move them to one device"),
         ({"weight": torch.zeros(8, 12, requires_grad=True)}, "frozen"),
     ],
-    ids=["K", "dtype", "R", "bias", "dropout", "weight"],
+    ids=["K", "dtype", "R", "bias", "dropout", "device", "weight"],
 )
 def test_refuses_what_does_not_fit(change, message):
     p = _problem()._replace(**change)
