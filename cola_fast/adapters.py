@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from . import store
 from .errors import UserError, near
@@ -44,7 +45,7 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
     does not fit, and for what is more than `scale · B A` (DoRA, modules_to_save, biases, ...). The model is then as it
     was.
     """
-    if any(map(moves, chain.live_factors().values())):
+    if any(map(moves, chain.live_factors().values())) or any(layer.rescales() for layer in chain.layers.values()):
         raise UserError(
             "The open link changes the model (it has been trained, or starts away from zero), and an import would "
             "replace it: call tie() and extend() first."
@@ -136,6 +137,23 @@ def vllm_notes(factors: Mapping[str, Factors]) -> list[str]:
     if len({f.scale for f in factors.values()}) > 1:
         notes.append("vLLM uses one alpha / r for all modules, but the modules' scales differ: export the merged model")
     return notes
+
+
+def peft_notes(model: nn.Module, factors: Mapping[str, Factors]) -> list[str]:
+    """PEFT looks for v4's expert linears in what transformers 5 holds as one tensor for all experts, and takes the
+    dense linears of the same names for them."""
+    fused = any(p.dim() == 3 and f".{_EXPERTS}." in f".{name}" for name, p in model.named_parameters())
+    taken = sorted({name.rsplit(".", 1)[-1] for name in factors} & _EXPERT_LINEARS) if fused else []
+    if not taken:
+        return []
+    return [
+        f"PEFT may take {', '.join(taken)} for this model's fused experts, and leave their links out when it loads "
+        "them: compare outputs, or export the merged model"
+    ]
+
+
+_EXPERTS = "experts"
+_EXPERT_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
 
 
 def _refuse_more_than_lora(config: Mapping[str, Any], folder: Path) -> None:

@@ -32,6 +32,7 @@ from .config import TrainConfig
 from .encode import IGNORE, Example
 from .errors import UserError
 from .models import needed_logits
+from .modes import evaluating
 
 PAD = 0  # hidden by the mask or by causality, so any token of the vocabulary will do
 
@@ -400,17 +401,14 @@ def _check(model: Any, batch: Batch, own: Tensor, parts: list[Example], what: st
     others = (batch.input_ids + 1) % int(model.get_input_embeddings().weight.shape[0])
     swapped = replace(batch, input_ids=batch.input_ids.where(own, others))
     keep = (batch.targets != IGNORE) & own[:, batch.positions]
-    training = model.training
-    model.eval()
     try:
-        together, beside = (_logits(model, each)[keep] for each in (batch, swapped))
-        alone = torch.cat([logits[0] for logits in (_logits(model, collate([[part]])) for part in parts)])
+        with evaluating(model):
+            together, beside = (_logits(model, each)[keep] for each in (batch, swapped))
+            alone = torch.cat([logits[0] for logits in (_logits(model, collate([[part]])) for part in parts)])
     except TypeError as error:
         raise UserError(
             f"{type(model).__name__} cannot be used for {what}, its forward refuses the batch: {error}."
         ) from None
-    finally:
-        model.train(training)
     differs, leaks = (float((together - other).norm() / alone.norm()) for other in (alone, beside))
     wide = model.dtype == torch.float32
     if not (differs <= (1e-2 if wide else 0.1) and leaks <= (1e-5 if wide else 2e-3)):

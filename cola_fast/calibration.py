@@ -19,6 +19,7 @@ from .errors import UserError
 from .layer import LoRALinear, factor_dtype
 from .methods import Wants, wanted_by
 from .models import needed_logits
+from .modes import evaluating
 
 
 class Sample(NamedTuple):
@@ -63,18 +64,16 @@ def look(
         raise UserError(f"init {init} starts from training data: give attach or extend a few `batches`.")
     device = next(model.parameters()).device
     seen: dict[str, Any] = {}
-    training = model.training
-    model.eval()
     if wants.gradients:
         _open_zeros(layers)
+    streams = torch.random.fork_rng([device] if device.type == "cuda" else [])
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.set_grad_enabled(wants.gradients):
+        with evaluating(model), streams, torch.set_grad_enabled(wants.gradients):
             torch.manual_seed(seed)
             for batch in batches:
                 sample = batch if isinstance(batch, Sample) else _sample(batch, device, wants)
                 _run(model, layers, ranks, sample, wants, seen)
     finally:
-        model.train(training)
         for layer in layers.values():
             layer.close()
     unseen = next((name for name in layers if name not in seen), None)

@@ -11,6 +11,7 @@ a process killed anywhere neither loses a link nor folds one twice.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -29,6 +30,7 @@ from .grouping import Grouping
 from .layer import PARTS, wrap_all
 from .link import SealedLink, derive_seed, folder_name, summarise
 from .methods import Pair
+from .modes import plainly
 from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of
 from .peft_format import Factors, task_type
 from .record import CHAIN_FILE, FORMAT, write_state
@@ -63,7 +65,7 @@ class Chain:
 
     # --- the open link ------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)  # what is made there can never be trained
+    @plainly
     def extend(
         self,
         r: int | None = None,
@@ -79,6 +81,7 @@ class Chain:
         if self.open_link is not None:
             raise UserError("The last link is still open: call tie() before extend().")
         self._require_layers()
+        self._require_folded()
         pattern = self.settings.rank_pattern if rank_pattern is None else rank_pattern
         ranks = assign_ranks(self._shapes(), self.settings.r if r is None else r, pattern)
         settings = replace(self.settings, rank_pattern=None if pattern is None else dict(pattern))
@@ -115,14 +118,23 @@ class Chain:
             )
         # copies: the factors themselves become the parameters that are trained
         starts = {name: Factors(f.a.clone(), f.b.clone(), f.alpha) for name, f in (starts or {}).items()}
-        for name, start in starts.items():
-            self._take_out(index, name, start.negated())
-        for name, f in factors.items():
-            layer = self.layers[name]
-            layer.open(f.a, f.b, scale=f.scale, dropout=self.settings.dropout, e=f.e, magnitude=f.magnitude)
-            for letter, factor in (("a", layer.lora_A), ("b", layer.lora_B)):
-                assert factor is not None
-                factor.requires_grad_(letter != self.settings.frozen)
+        taken: list[str] = []
+        try:
+            for name, start in starts.items():
+                self._take_out(index, name, start.negated())
+                taken.append(name)
+            for name, f in factors.items():
+                layer = self.layers[name]
+                layer.open(f.a, f.b, scale=f.scale, dropout=self.settings.dropout, e=f.e, magnitude=f.magnitude)
+                for letter, factor in (("a", layer.lora_A), ("b", layer.lora_B)):
+                    assert factor is not None
+                    factor.requires_grad_(letter != self.settings.frozen)
+        except BaseException:  # out of memory, Ctrl-C: no link is open, and what had left the weights is back
+            for layer in self.layers.values():
+                layer.close()
+            for name in taken:
+                self._take_out(index, name, starts[name])
+            raise
         ranks, alphas = ({name: getattr(f, key) for name, f in factors.items()} for key in ("rank", "alpha"))
         self.open_link = OpenLink(index, ranks, alphas, starts)
         return self.open_link
@@ -184,15 +196,18 @@ class Chain:
         if self.open_link is None:
             raise UserError("There is no open link to tie: call extend() first.")
         self._require_complete()
+        self._require_folded()
         index, difference = self.open_link.index, bool(self.open_link.starts)
 
         def seal() -> SealedLink:
             factors = self.open_factors()
-            return SealedLink.seal(index, factors, difference=difference, **self.peft_fields(factors))
+            link = SealedLink.seal(index, factors, difference=difference, **self.peft_fields(factors))
+            self._warn_of_idle(factors)
+            return link
 
         return self.append(seal)
 
-    @torch.inference_mode(False)
+    @plainly
     def append(self, seal: Callable[[], SealedLink]) -> SealedLink:
         """Make a link the last sealed one, in place of the open link, whose start has left the weights."""
 
@@ -229,6 +244,7 @@ class Chain:
             else moves(f)
             for name, f in self.live_factors().items()
         )
+        trained |= any(layer.rescales() for layer in self.layers.values())
         if trained and not discard:
             raise UserError(
                 "The open link changes the model, which would be lost: call tie() first, or detach(discard=True)."
@@ -264,7 +280,7 @@ class Chain:
         """
         self._require_layers()
         self._require_complete()
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # later ties go there, wherever the process has moved to
         world.lead(lambda: self._write(folder, extra))
         self.folder = folder  # on every rank
 
@@ -302,7 +318,7 @@ class Chain:
         """The whole chain as one PEFT adapter on the untouched base: exact, of the summed rank, or cut to `rank`."""
         from .export import export_adapter
 
-        return export_adapter(self, Path(folder), rank)
+        return export_adapter(self, Path(folder).absolute(), rank)
 
     def export_merged(self, folder: str | Path, tokenizer: Any = None, *, onto: nn.Module | None = None) -> Path:
         """The model with every link in its weights, as a plain transformers checkpoint (safetensors), never quantised.
@@ -312,7 +328,8 @@ class Chain:
         """
         from .export import export_merged
 
-        return export_merged(self, Path(folder), tokenizer, onto)
+        self._require_folded()
+        return export_merged(self, Path(folder).absolute(), tokenizer, onto)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -346,6 +363,24 @@ class Chain:
     def _require_layers(self) -> None:
         if not self.layers:
             raise UserError("This chain has been detached: attach a new one, or load it again with load_chain.")
+
+    def _warn_of_idle(self, factors: Mapping[str, Factors]) -> None:
+        idle = [name for name, f in factors.items() if not moves(f)] if self.settings.gate is None else []
+        if 0 < len(idle) < len(factors):
+            warnings.warn(
+                f"{len(idle)} of the {len(factors)} modules of link {len(self.links)} had no gradient, such as "
+                f"{idle[0]}: its forward was never called, or nothing of it reached the loss.",
+                stacklevel=2,
+            )
+
+    def _require_folded(self) -> None:
+        if any(layer.folded != len(self.links) for layer in self.layers.values()):
+            place = "it" if self.folder is None else str(self.folder)
+            raise UserError(
+                f"Folding link {len(self.links) - 1} was interrupted, so some of the weights lack it: the chain itself "
+                f"is whole; {'save it, then ' if self.folder is None else ''}load the base anew and {place} with "
+                "load_chain."
+            )
 
     def _require_complete(self) -> None:
         if self.waiting:

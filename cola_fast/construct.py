@@ -14,6 +14,7 @@ from .calibration import Batches
 from .chain import Chain
 from .errors import UserError
 from .identity import base_identity, fingerprint
+from .layer import LoRALinear
 from .link import SealedLink
 from .opening import Settings
 from .record import load_state, read_record
@@ -64,8 +65,7 @@ def attach(
     Raises:
         UserError (a ValueError): see `cola_fast.targets` and `cola_fast.layer`. The model is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model is {type(model).__name__}, but a link is attached to a torch.nn.Module.")
+    model = _bare(model)
     modules = select_modules(model, targets)
     shapes = {n: (m.out_features, m.in_features) for n, m in modules.items()}
     assign_ranks(shapes, r if first_rank is None else first_rank, rank_pattern)
@@ -91,7 +91,7 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     Raises UserError if the folder holds no chain, the model is not its base, or a file is damaged. Files are checked
     before the model is touched.
     """
-    folder = Path(folder)
+    model, folder = _bare(model), Path(folder).absolute()
     record = read_record(folder)
     actual = fingerprint(model)
     if actual != record["base"]["fingerprint"]:
@@ -116,3 +116,30 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     if state is not None and state["open"] == len(chain.links):
         chain.reopen(state)
     return chain
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model that a compiled one wraps, which gives its modules the names that everybody else knows.
+
+    Raises UserError for no module at all, for one that carries a chain, and for wrappers that a link does not go into.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is {type(model).__name__}, but a link is attached to a torch.nn.Module.")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UserError(
+            f"model is wrapped in {type(model).__name__}, which does not know of parameters that come later: give the "
+            "model inside (model.module), and wrap it after that."
+        )
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    wrapped = next((name for name, _ in model.named_modules() if name.endswith("._orig_mod")), None)
+    if wrapped is not None:
+        raise UserError(
+            f"{wrapped.removesuffix('._orig_mod')} is wrapped by torch.compile, which renames what is in it: attach "
+            "before compiling it, or use its own method compile(), which wraps nothing."
+        )
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise UserError(
+            "The model already belongs to a chain: call chain.detach() first, or give one chain all the targets."
+        )
+    return model

@@ -12,6 +12,7 @@ from . import world
 from .batches import batch_loss, candidate_scores, choice_batches, eval_batches, wants_flat
 from .encode import Example
 from .models import needed_logits
+from .modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,10 @@ class Score:
 def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int) -> Score:
     """Leaves the model in its mode and draws no random numbers: training goes on as if it had not happened. Several
     processes share the batches, and all get the score."""
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     total, correct = torch.zeros(2, dtype=torch.float64, device=device)
     labelled = 0
-    try:
+    with evaluating(model):
         if examples[0].candidates:
             for choice, counts in world.dealt(choice_batches(examples, batch_size)):
                 choice = choice.to(device)
@@ -49,8 +48,6 @@ def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int) -> Sco
                 if counts:
                     total += loss
                     labelled += count
-    finally:
-        model.train(training)
     sums = torch.stack([total, correct, total.new_tensor(labelled)])
     world.sum_([sums])
     loss_sum, right, count = sums.tolist()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cola_kernels import nf4_dequantize
 
 from . import peft_format, store
-from .adapters import cut_to_rank, error_table, vllm_notes
+from .adapters import cut_to_rank, error_table, peft_notes, vllm_notes
 from .bases import merge
 from .errors import UserError
 from .layer import PARTS, is_nf4
@@ -69,7 +69,8 @@ def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> Expor
         for name, f in factors.items():
             factors[name], errors[name] = cut_to_rank(f, rank)
     store.write_folder(folder, peft_format.encode(factors, **chain.peft_fields(factors)))
-    return ExportedAdapter(folder, max(f.rank for f in factors.values()), errors, vllm_notes(factors))
+    notes = [*peft_notes(chain.model, factors), *vllm_notes(factors)]
+    return ExportedAdapter(folder, max(f.rank for f in factors.values()), errors, notes)
 
 
 def concatenate(factors: list[Factors]) -> Factors:
@@ -102,10 +103,11 @@ def _merged_state(chain: Chain) -> dict[str, Tensor]:
     state: dict[str, Tensor] = chain.model.state_dict()
     state = {key: value for key, value in state.items() if key.rsplit(".", 1)[-1] not in PARTS}
     for name, module in chain.model.named_modules():
-        if isinstance(module, nn.Linear) and is_nf4(module) and name not in chain.layers:
+        if isinstance(module, nn.Linear) and is_nf4(module):
             own: Any = module.weight
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.weight.")}
-            state[f"{name}.weight"] = nf4_dequantize(own, own.quant_state.dtype)
+            if name not in chain.layers:
+                state[f"{name}.weight"] = nf4_dequantize(own, own.quant_state.dtype)
     factors = chain.live_factors()
     for name, layer in chain.layers.items():
         weight = layer.dense_weight().cpu()
@@ -179,5 +181,7 @@ def _save_atomically(model: Any, folder: Path, state: Mapping[str, Any], tokeniz
 
 
 def _refuse_existing(folder: Path) -> None:
+    if folder == Path.cwd():  # a folder that is written appears as a whole, in place of an empty one
+        raise UserError(f"{folder} is the folder you are in: name one to be made in it.")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} already exists: choose another folder or remove it.")

@@ -124,6 +124,8 @@ def adapter_obstacle(layer: Any, adapter: str) -> str | None:
         return f"its adapter uses {type(layer.lora_variant[adapter]).__name__}"
     if layer.lora_bias[adapter]:
         return "its adapter has a bias (lora_bias)"
+    if not isinstance(layer.scaling[adapter], int | float):
+        return "its adapter's scaling is no number"
     dropout, a, b = layer.lora_dropout[adapter], layer.lora_A[adapter], layer.lora_B[adapter]
     if not ((_is_plain(dropout, nn.Dropout) and dropout.p < 1) or _is_plain(dropout, nn.Identity)):
         return f"its adapter's dropout is a {type(dropout).__name__}, or has hooks"

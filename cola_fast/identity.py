@@ -54,6 +54,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def _samples(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
-    where = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64)
+    last, count = max(flat.numel() - 1, 0), min(SAMPLES, flat.numel())
+    where = torch.linspace(0, last, count, dtype=torch.float64, device="cpu")  # on every device the same
     values = flat[where.long().to(flat.device)]
     return values.to(torch.bfloat16).float() if values.is_floating_point() else values.float()

@@ -150,6 +150,27 @@ class LoRALinear(nn.Linear):
             return F.linear(input, weight, self.bias)
         return operands.complete(self.grouping(self, operands, input), input)
 
+    def rescales(self) -> bool:
+        """Whether a gate on the output has been trained: the weight's rows are to be of other lengths."""
+        if self.lora_magnitude is None or self.row_squares is None:
+            return False
+        return not torch.equal(self.lora_magnitude.detach(), self.row_squares.sqrt().to(self.lora_magnitude.dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
+        """`model.half()` and the like: squares of rows are fp32 at least, whatever becomes of the weight."""
+        super()._apply(fn, recurse)
+        if self.row_squares is not None:
+            self.row_squares = row_squares(self.weight)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """With what a 4-bit weight needs to be read again, under the names that bitsandbytes gives it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state: Any = getattr(self.weight, "quant_state", None)
+        if state is not None:
+            for key, value in state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
     def extra_repr(self) -> str:
         rank = "no open link" if self.lora_A is None else f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
         return f"{super().extra_repr()}, {rank}"

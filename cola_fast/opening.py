@@ -110,7 +110,8 @@ def first_factors(
         gates = Gates() if settings.gate is None else GATE.choose(settings.gate)(site)
         return Factors(a.cpu().contiguous(), b.cpu().contiguous(), alpha, *gates)
 
-    return {name: first(name, layer) for name, layer in layers.items()}
+    with torch.device("cpu"):  # where the generators are, whatever set_default_device says
+        return {name: first(name, layer) for name, layer in layers.items()}
 
 
 def originals_of(
@@ -152,7 +153,7 @@ def covered(names: Sequence[str], settings: Settings, index: int) -> list[str]:
     if count == len(blocks):
         return list(names)
     generator = torch.Generator().manual_seed(derive_seed(settings.seed, "blocks", index))
-    chosen = {blocks[i] for i in torch.randperm(len(blocks), generator=generator)[:count].tolist()}
+    chosen = {blocks[i] for i in torch.randperm(len(blocks), generator=generator, device="cpu")[:count].tolist()}
     return [name for name in names if block_of(name) in chosen]
 
 

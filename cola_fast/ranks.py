@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .encode import Example
 from .errors import UserError
+from .modes import evaluating
 from .targets import block_of, select_modules
 
 FEWEST = 20  # distinct points below which TwoNN says nothing
@@ -179,15 +180,14 @@ def _dimensions(
             )
         last = _submodule(model, blocks[-1])
         hooks.append(last.register_forward_hook(lambda _, args, output, stack=stack: keep(stack, output)))
-    training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     body: Any = getattr(model, "base_model", model)  # transformers' name for the model without its head
-    model.eval()
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            body(**{key: value.to(device) for key, value in batch.items()})
+        with evaluating(model):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                body(**{key: value.to(device) for key, value in batch.items()})
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     if not pooled:

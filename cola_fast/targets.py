@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .errors import UserError, near
 
@@ -47,6 +48,12 @@ def select_modules(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
             raise UserError(
                 f"{name} is a {type(module).__name__}, but a link can only be attached to torch.nn.Linear."
                 + near(name, [n for n, m in modules.items() if isinstance(m, nn.Linear)])
+            )
+        parent = modules.get(name.rpartition(".")[0], model)
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise UserError(
+                f"{name} belongs to a {type(parent).__name__}, which in eval mode reads its weights past the link: "
+                "call torch.backends.mha.set_fastpath_enabled(False) first, or choose other targets."
             )
         selected[name] = module
     _refuse_shared_weights(model, selected)
@@ -117,11 +124,22 @@ def _refuse_shared_weights(model: nn.Module, selected: Mapping[str, nn.Linear]) 
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             if parameter is not None and parameter.dim() == 2:
-                owners.setdefault(id(parameter), []).append(name)
+                owners.setdefault(_memory(parameter), []).append(name)
     for name, module in selected.items():
-        sharing = [other for other in owners[id(module.weight)] if other != name]
+        if module._parameters.get("weight") is None:
+            raise UserError(
+                f"{name} computes its weight anew at each call, as pruning and weight norm do, so that nothing can be "
+                "folded into it: make that permanent first, or choose other targets."
+            )
+        sharing = [other for other in owners[_memory(module.weight)] if other != name]
         if sharing:
             raise UserError(
                 f"{name} shares its weight with {', '.join(sharing)}, so folding a link would change both: "
                 "choose other targets, or untie the weights first."
             )
+
+
+def _memory(parameter: Tensor) -> int:
+    """Where it lies; of one that lies nowhere or in several places, which object it is."""
+    plain = type(parameter) is nn.Parameter and not parameter.is_meta
+    return parameter.data_ptr() if plain else id(parameter)

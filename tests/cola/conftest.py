@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import cola_kernels.autograd
 from cola_fast import grouping
+from cola_fast.bases import DenseBase
 from cola_kernels import small
 
 from ..conftest import tiny_llama
@@ -54,6 +56,21 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer, alone or not, draws the same mask from the same shape: so that both can be compared."""
     monkeypatch.setattr(cola_kernels.autograd, "as_seed", lambda seed, device: torch.tensor(7, device=device))
+
+
+@contextmanager
+def third_fold_raises(error: type[BaseException]) -> Iterator[None]:
+    """Memory that runs out, or Ctrl-C, at the third module."""
+    fold, calls = DenseBase.fold, itertools.count(1)
+
+    def failing(*args: Any, **keys: Any) -> Any:
+        if next(calls) == 3:
+            raise error
+        return fold(*args, **keys)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DenseBase, "fold", failing)
+        yield
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from cola_fast import UserError, attach
+from cola_fast import UserError, attach, load_chain
 from cola_fast.layer import LoRALinear
 
 from ..conftest import disturb, tiny_llama
+from .conftest import third_fold_raises
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,86 @@ def test_links_made_in_inference_mode_are_trained(model: nn.Module, ids: Tensor,
             chain.extend()
 
 
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_autocast_around_a_chain_changes_nothing(model: nn.Module, ids: Tensor, init: str) -> None:
+    with torch.no_grad():
+        before = model(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            chain = attach(model, r=4, init=init)
+        torch.testing.assert_close(model(ids).logits, before)
+        disturb(chain)
+        trained = model(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            chain.tie()
+            chain.extend()
+        torch.testing.assert_close(model(ids).logits, trained)
+
+
+@pytest.mark.parametrize("keys", [{}, {"init": "pissa"}, {"gate": "sora", "share": 0.5}], ids=str)
+def test_a_start_does_not_depend_on_the_default_device(model: nn.Module, keys: dict[str, Any]) -> None:
+    expected = attach(tiny_llama(), **keys).live_factors()
+    with torch.device("meta"):
+        found = attach(model, **keys).live_factors()
+    assert all(torch.equal(f.a, expected[name].a) and torch.equal(f.b, expected[name].b) for name, f in found.items())
+
+
+def test_what_had_left_the_weights_is_back_if_opening_fails(model: nn.Module, ids: Tensor) -> None:
+    expected = model(ids).logits
+    with third_fold_raises(MemoryError), pytest.raises(MemoryError):
+        attach(model, init="pissa")
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_a_compiled_model_gives_the_names_of_its_own(model: nn.Module, tmp_path: Path) -> None:
+    chain = attach(torch.compile(model))  # type: ignore[arg-type]
+    disturb(chain)
+    chain.tie()
+    chain.save(tmp_path)
+    loaded = load_chain(tiny_llama(), tmp_path)
+    assert list(loaded.layers) == list(attach(tiny_llama()).layers)
+    assert all(torch.equal(loaded.layers[name].weight, layer.weight) for name, layer in chain.layers.items())
+
+
+def test_wrappers_are_refused(model: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"wrapped in DataParallel.* give the model inside"):
+        attach(nn.DataParallel(model))
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    with pytest.raises(UserError, match=r"model.layers.1 is wrapped by torch.compile.* attach before compiling"):
+        attach(model)
+
+
+def test_weights_that_are_made_anew_are_refused(model: nn.Module) -> None:
+    prune.l1_unstructured(model.model.layers[1].self_attn.v_proj, "weight", amount=0.5)
+    with pytest.raises(UserError, match=r"layers.1.self_attn.v_proj computes its weight anew at each call"):
+        attach(model)
+
+
+def test_two_parameters_in_the_same_memory_are_refused(model: nn.Module) -> None:
+    first, second = (model.model.layers[i].self_attn.q_proj for i in range(2))
+    second.weight = nn.Parameter(first.weight.data)
+    with pytest.raises(UserError, match=r"layers.0.self_attn.q_proj shares its weight with model.layers.1"):
+        attach(model)
+
+
+def test_layers_that_pytorch_reads_past_the_link_are_refused() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 1).eval()
+    with pytest.raises(UserError, match="belongs to a TransformerEncoderLayer, which in eval mode"):
+        attach(model, r=2, targets=["linear1", "linear2"])
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        attach(model, r=2, targets=["linear1", "linear2"])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_submodule_stays_in_its_mode(model: nn.Module, ids: Tensor) -> None:
+    model.train()
+    model.model.layers[0].eval()
+    attach(model, init="eva", batches=[{"input_ids": ids}])
+    assert [layer.training for layer in model.model.layers] == [False, True]
+
+
 def test_adapters_of_peft_get_no_links(model: nn.Module) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -105,6 +188,8 @@ def test_all_linear_leaves_the_head_out(model: nn.Module) -> None:
 
 
 def test_a_second_chain_is_refused(model: nn.Module) -> None:
-    attach(model)
-    with pytest.raises(UserError, match="already belongs to a chain"):
-        attach(model)
+    chain = attach(model, targets=["q_proj"])
+    for targets in ("q_proj", "v_proj"):
+        with pytest.raises(UserError, match="already belongs to a chain"):
+            attach(model, targets=targets)
+    assert len(chain.parameters()) == 4  # still trained

@@ -13,6 +13,7 @@ from cola_fast.bases import DenseBase
 from cola_fast.layer import LoRALinear
 
 from ..conftest import disturb, snapshot, tiny_llama
+from .conftest import third_fold_raises
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -216,6 +217,34 @@ def test_order_of_calls(model: nn.Module) -> None:
     chain.detach()
     with pytest.raises(UserError, match="has been detached"):
         chain.extend()
+
+
+def test_after_an_interrupted_fold_the_chain_says_so(model: nn.Module, ids: Tensor, tmp_path: Path) -> None:
+    """The weights are of no use any more, the chain is."""
+    chain = attach(model)
+    disturb(chain)
+    trained = logits(model, ids)
+    with third_fold_raises(KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        chain.tie()
+    for go_on in (chain.extend, lambda: chain.export_merged(tmp_path / "merged")):
+        with pytest.raises(UserError, match=r"Folding link 0 was interrupted.* save it, then load the base anew"):
+            go_on()
+    chain.save(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"load the base anew and {tmp_path}/run with load_chain"):
+        chain.extend()
+    load_chain(fresh := tiny_llama(), tmp_path / "run")
+    assert relative(logits(fresh, ids), trained) < 1e-6
+
+
+def test_modules_without_a_gradient_are_named(model: nn.Module) -> None:
+    chain = attach(model)
+    chain.tie()  # nobody has trained
+    chain.extend()
+    disturb(chain)
+    with torch.no_grad():
+        chain.layers["model.layers.1.self_attn.q_proj"].lora_B.zero_()
+    with pytest.warns(UserWarning, match=r"1 of the 4 modules of link 1 had no gradient, such as model.layers.1.self_"):
+        chain.tie()
 
 
 def test_a_link_with_nan_is_never_tied(model: nn.Module, tmp_path: Path) -> None:

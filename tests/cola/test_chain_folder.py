@@ -118,6 +118,28 @@ def test_unreadable_chain_files(saved: Path, content: str | None) -> None:
         load_chain(tiny_llama(), saved)
 
 
+def test_a_chain_stays_where_it_was_saved(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder was relative, and the process has moved."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    chain = attach(model)
+    chain.save("run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    disturb(chain)
+    chain.tie()
+    chain.extend()
+    assert not any((tmp_path / "elsewhere").iterdir())
+    monkeypatch.chdir(tmp_path)
+    loaded = load_chain(tiny_llama(), "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded.extend()
+    loaded.tie()
+    assert len(load_chain(tiny_llama(), tmp_path / "run").links) == 2
+    for export in (chain.export_adapter, chain.export_merged):
+        with pytest.raises(UserError, match="elsewhere is the folder you are in"):
+            export(".")
+
+
 def test_a_saved_chain_can_move(saved: Path, tmp_path: Path, ids: Tensor) -> None:
     here = tiny_llama()
     load_chain(here, saved)

@@ -159,7 +159,13 @@ def own_dropout(model: Any) -> None:
             module.lora_dropout["default"] = nn.AlphaDropout(0.1)
 
 
-@pytest.mark.parametrize("change", [merged, disabled, two_active, hooked, trained_base, own_dropout])
+def trained_scaling(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] = nn.Parameter(torch.tensor(0.7))
+
+
+@pytest.mark.parametrize("change", [merged, disabled, two_active, hooked, trained_base, own_dropout, trained_scaling])
 def test_states_that_fall_back(change: Callable[[Any], None], ids: Tensor, fused: Callable[..., int]) -> None:
     """Brought about after acceleration, and equal to the last bit, since PEFT's forward runs."""
     plain, model = peft_model().eval(), peft_model().eval()

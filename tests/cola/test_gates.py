@@ -20,7 +20,7 @@ from cola_fast.methods import AFTER_STEP, GRADIENT, Pair, Step
 from cola_fast.methods.adalora import share_left
 from cola_fast.optimizer import make_optimizer
 
-from ..conftest import tiny_llama
+from ..conftest import disturb, tiny_llama
 from ..kernels.conftest import peak_memory
 from .test_chain import logits, relative
 from .test_methods import chain_of, configured, pretend_to_train
@@ -137,6 +137,31 @@ def test_a_tie_leaves_rows_of_the_trained_length_and_the_next_link_starts_from_t
         for name, layer in chain.layers.items():
             torch.testing.assert_close(rows_of(layer.weight), lengths[name].double().abs(), rtol=1e-5, atol=1e-6)
         chain.extend()
+
+
+def test_a_magnitude_that_alone_was_trained_is_not_lost(model: nn.Module, ids: Tensor, tmp_path: Path) -> None:
+    given = attach(tiny_llama(), r=3)
+    disturb(given)
+    given.export_adapter(tmp_path / "adapter")
+    chain = attach(model, r=3, gate="dora")
+    with torch.no_grad():
+        next(iter(chain.layers.values())).lora_magnitude.mul_(1.5)
+    with pytest.raises(UserError, match="which would be lost"):
+        chain.detach()
+    with pytest.raises(UserError, match="an import would replace it"):
+        chain.import_adapter(tmp_path / "adapter")
+
+
+def test_a_model_that_changes_its_dtype_keeps_the_norm_of_its_rows(model: nn.Module, ids: Tensor) -> None:
+    """fp16 ends at 65,504: squares of rows longer than 256 are not stored in it."""
+    chain = attach(model, targets=["q_proj"], gate="dora")
+    with torch.no_grad():
+        for layer in chain.layers.values():
+            layer.weight.mul_(300)
+            layer.lora_magnitude.mul_(300)
+    model.half()
+    for layer in chain.layers.values():
+        torch.testing.assert_close(layer.operands().c(), torch.ones(layer.out_features), rtol=1e-3, atol=0)
 
 
 def test_a_carried_start_leaves_the_weight_before_its_rows_are_scaled(model: nn.Module, ids: Tensor) -> None:
