@@ -13,10 +13,10 @@ pytest.importorskip("triton")
 from cola_kernels import compile as aot
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
+def run(*arguments: str, module: str = "cola_kernels.compile", **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore", **variables}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-m", "cola_kernels.compile", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
@@ -60,3 +60,11 @@ def test_the_table_holds_every_kernel_and_few_configurations():
     assert len({c.label() for c in cases}) == len(cases)
     without_rank = {"sum", "dequantize", "nf4_block", "gate_grads"}
     assert {c.name for c in cases if c.odd} == {c.name for c in cases} - without_rank
+
+
+def test_launches_with_sizes_of_one_compile(tmp_path):
+    """Those of which a launch makes constants."""
+    pytest.importorskip("bitsandbytes")
+    result = run(module="tests.kernels.launch_worker", TRITON_CACHE_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(result.stdout) > 50
