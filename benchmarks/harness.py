@@ -169,10 +169,16 @@ def require_parity(
 
 def require_close(what: str, ours: Sequence[float], theirs: Sequence[float], *, tolerance: float) -> float:
     """The largest relative difference of two equally long rows of numbers. Raises ParityError above the tolerance."""
-    differences = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
-    if not all(difference <= tolerance for difference in differences):  # max() would pass over a NaN
+    worst = largest_difference(ours, theirs)
+    if not worst <= tolerance:
         raise ParityError(f"{what}: {list(ours)} against {list(theirs)}, where {tolerance:.0e} is allowed.")
-    return max(differences)
+    return worst
+
+
+def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Relative to theirs; NaN if one is."""
+    differences = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
+    return max(differences, key=lambda difference: (math.isnan(difference), difference))
 
 
 # --- environment and results ------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def _ways(x: Tensor, w: Tensor, u: Tensor, v: Tensor) -> dict[str, Callable[[], 
     bordered_w = torch.cat([w.t(), v.t()], dim=1).t() if transposed else torch.cat([w, v])
     ways: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: torch.mm(x, w),
-        "addmm": lambda: matmul.launch_seed(u, v, 1.0, None, 0.0, None).addmm_(x, w),
+        "addmm": lambda: matmul.launch_seed(u, v, 1.0, 0.0, None).addmm_(x, w),
         "eager": lambda: torch.mm(x, w).addmm_(u, v),
         "bordered": lambda: torch.mm(bordered_x, bordered_w),
     }

@@ -84,7 +84,7 @@ def works() -> Iterator[Work]:
             yield Work(case, c["BM"] * c["BC"], 2)
         elif case.name == "output_grads":  # each strip of columns writes a dS in fp32, which is read again
             yield Work(case, c["BM"] * c["BC"], 2, 2 * 4 * R / c["BC"])
-        elif case.name == "seed" and not flags["BIAS"]:
+        elif case.name == "seed" and "stride_vp" in flags:
             yield Work(case, c["BM"] * c["BP"], 2, loop=False)
         elif case.name == "merge" and not flags["GATED"]:
             yield Work(case, c["BN"] * c["BK"], 4, loop=False)

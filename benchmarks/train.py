@@ -32,9 +32,9 @@ DEMO_SIDES = ("ours", "ours_all_logits", "peft")
 # dense bf16 FLOP/s, from the data sheets
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100": 312e12, "NVIDIA B200": 2250e12}
 
-# relative, of the loss of each of the first steps: from the second on it tells of the gradients, too. In bf16, rounding
-# turns the sign of small gradients, which is all that Adam's first step looks at.
-TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}
+# relative, of the loss of each of the first steps: from the second on it tells of the gradients, too. Both are measured
+# from PEFT's in fp32: in bf16 it rounds most of a young link's term away, and its own losses are 8 % off by the second.
+TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 class Size(NamedTuple):
@@ -150,12 +150,15 @@ def _peak_flops() -> dict[str, Any]:
 
 def _demo(rounds: int = 5, steps: int = 6) -> dict[str, Any]:
     harness.say("the losses of both trainers on the demo")
-    parity = {}
+    parity, exact = {}, None
     for dtype, tolerance in TOLERANCES.items():
         problem = Problem(workloads.demo(4, dtype), span=1)
-        losses = {name: trainers.SIDES[name](problem, _unwatched).losses for name in ("ours", "peft")}
-        worst = harness.require_close("The losses of the first steps", *losses.values(), tolerance=tolerance)
-        parity[dtype] = {**losses, "difference": worst, "allowed": tolerance}
+        ours, peft = (trainers.SIDES[name](problem, _unwatched).losses for name in ("ours", "peft"))
+        exact = exact or peft  # of the first dtype
+        what = f"The losses of the first steps in {dtype}"
+        worst = harness.require_close(what, ours, exact, tolerance=tolerance)
+        theirs = harness.largest_difference(peft, exact)
+        parity[dtype] = {"ours": ours, "peft": peft, "difference": worst, "of_peft": theirs, "allowed": tolerance}
     problem = Problem(workloads.demo(steps, "auto"))
     harness.say("both trainers on the demo, timed")
 
@@ -257,11 +260,11 @@ def _demo_table(demo: Mapping[str, Any]) -> str:
 
 
 def _demo_note(demo: Mapping[str, Any]) -> str:
-    agreed = " and ".join(f"{p['difference']:.0e} in {dtype}" for dtype, p in demo["parity"].items())
-    count: Sequence[float] = demo["parity"]["fp32"]["ours"]
+    fp32, bf16 = (demo["parity"][dtype] for dtype in ("fp32", "bf16"))
     return (
         f"SmolLM2-135M on the demo's sentences, {demo['dtype']} with fp32 adapters on all linears, "
         f"{demo['attention']} attention, {demo['tokens_per_step']:.0f} tokens a step, the same batches, optimizer and "
         f"clipping in all; {len(demo['samples']['ours'])} interleaved runs of {demo['timed_steps']} timed steps. Before"
-        f" any timing, the losses of the first {len(count)} steps agreed to {agreed} (relative)."
+        f" any timing, the losses of the first {len(fp32['ours'])} steps agreed to {fp32['difference']:.0e} in fp32; in "
+        f"bf16 ours came within {bf16['difference']:.1%} of those, PEFT's within {bf16['of_peft']:.1%}."
     )

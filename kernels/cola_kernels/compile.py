@@ -128,10 +128,9 @@ def _without_rows(config: Config) -> Config:
 def _matmul_cases() -> Iterator[Case]:
     for shape in _shapes(matmul.MAX_RANK_BLOCK):
         dtype = NAMES[shape.dtype]
-        # Y: V = Bᵀ, W = weightᵀ, a bias, no dropout. dX: V = A, W = weight, no bias, dropout or not.
+        # Y: V = Bᵀ, W = weightᵀ, a bias in the GEMM, no dropout. dX: V = A, W = weight, no bias, dropout or not.
         for forward in [False] if shape.dropout else [False, True]:
-            constants: dict[str, Any] = {"BIAS": forward, "BR": shape.rank, "stride_ur": 1}
-            constants |= {"stride_vr": 1} if forward else {"stride_vp": 1, "p_bias": None}
+            constants: dict[str, Any] = {"BR": shape.rank, "stride_ur": 1, "stride_vr" if forward else "stride_vp": 1}
             for hopper in (False, True):
                 for i, config in enumerate(matmul.seed_configs(shape, hopper)):
                     flags = {**constants, **_dropout(shape)}
@@ -142,7 +141,7 @@ def _matmul_cases() -> Iterator[Case]:
                 blocks = ([gemm["BM"], gemm["BL"]], [gemm["BP"], gemm["BL"]] if forward else [gemm["BL"], gemm["BP"]])
                 kinds = [f"tensordesc<{dtype}{block}>" if hopper else f"*{dtype}" for block in blocks]
                 types = dict(zip(("x", "w"), kinds, strict=True))
-                flags = {**constants, "TMA": hopper}
+                flags = {**constants, "TMA": hopper, "BIAS": forward, **({} if forward else {"p_bias": None})}
                 yield Case(matmul._gemm_kernel, "gemm", dtype, types, flags, gemm, False, hopper)
 
 

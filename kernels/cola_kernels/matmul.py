@@ -4,8 +4,9 @@
     dX = dY W + undrop(dS A)             U = dS [M, R], V = A [R, K]
 
 Two ways, and a tuned table says which:
-    addmm     one kernel writes C0 = undrop(scale · U V) + bias, then cuBLAS adds X W to it in place: reading C0 hides
-              behind a product that is bound by arithmetic. The rule where no table says otherwise.
+    addmm     one kernel writes C0 = undrop(scale · U V), then cuBLAS adds X W to it in place: reading C0 hides behind
+              a product that is bound by arithmetic. A bias comes last: in C0 it would round U V to its own spacing. The
+              rule where no table says otherwise.
     gemm      one Triton kernel whose accumulator starts as C0, which is never written: persistent, its operands
               fetched by the tensor memory accelerator (TMA) on GPUs that have one, by pointers on older ones.
 
@@ -63,7 +64,6 @@ def _product(
 def _seed_kernel(
     p_u,
     p_v,
-    p_bias,
     p_seed,
     p_c,
     M,
@@ -76,7 +76,6 @@ def _seed_kernel(
     scale,
     threshold,
     DROPOUT: tl.constexpr,
-    BIAS: tl.constexpr,
     BM: tl.constexpr,
     BP: tl.constexpr,
     BR: tl.constexpr,
@@ -89,9 +88,6 @@ def _seed_kernel(
     if DROPOUT:
         o_v = tl.max_contiguous(tl.multiple_of(first_p + thread_order(BP), 2), 2)
     acc = _product(p_u, p_v, o_m, o_v, M, P, R, stride_um, stride_ur, stride_vr, stride_vp, BM, BP, BR) * scale
-    if BIAS:
-        tl.static_assert(not DROPOUT, "Y has a bias and dX dropout; nothing has both")
-        acc += tl.load(p_bias + o_p, mask=o_p < P, other=0.0).to(tl.float32)[None, :]
     b_c = acc.to(p_c.dtype.element_ty)
     if DROPOUT:
         b_c = tl.where(kept(p_seed, o_m, first_p, P, threshold, BP), natural_order(b_c), 0.0)
@@ -212,7 +208,8 @@ def launch_seeded_matmul(
     config = choose(gemm_name(w), functools.partial(gemm_configs, hopper=tma), shape)
     if config is not None and (not tma or (_describable(x) and _describable(_as_stored(w)))):
         return run_gemm(config, x, w, u, v, scale, bias)
-    return launch_seed(u, v, scale, bias, dropout, seed).addmm_(x, w)
+    c = launch_seed(u, v, scale, dropout, seed).addmm_(x, w)
+    return c if bias is None else c.add_(bias)
 
 
 def gemm_name(w: Tensor) -> str:
@@ -220,29 +217,20 @@ def gemm_name(w: Tensor) -> str:
     return f"gemm/{'T' if w.stride(0) == 1 else 'N'}/L{w.shape[0]}"
 
 
-def launch_seed(u: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: float, seed: Tensor | None) -> Tensor:
+def launch_seed(u: Tensor, v: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
     """C0 [M, P]."""
     rank = rank_block(u.shape[1], u.dtype, MAX_RANK_BLOCK)
     shape = Shape(u.device, u.dtype, bucket(u.shape[0]), v.shape[1], rank, seed is not None)
     config = choose("seed", functools.partial(seed_configs, hopper=is_hopper(u.device)), shape)
-    return run_seed(config, u, v, scale, bias, dropout, seed)
+    return run_seed(config, u, v, scale, dropout, seed)
 
 
-def run_seed(
-    config: Config,
-    u: Tensor,
-    v: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-) -> Tensor:
+def run_seed(config: Config, u: Tensor, v: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
     (m, r), p = u.shape, v.shape[1]
     c = u.new_empty(m, p)
     _seed_kernel[(cdiv(m, config["BM"]) * cdiv(p, config["BP"]),)](
         u,
         v,
-        bias,
         seed,
         c,
         m,
@@ -253,7 +241,6 @@ def run_seed(
         scale * inverse_keep(dropout),
         dropout_threshold(dropout),
         DROPOUT=seed is not None,
-        BIAS=bias is not None,
         BR=rank_block(r, u.dtype, MAX_RANK_BLOCK),
         **config,
     )

@@ -116,7 +116,7 @@ def make_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
 def project(x: Tensor, a: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
     s = F.linear(_zero(x, mask), a)  # [M, R]
     scale *= inverse_keep(dropout)
-    return s if scale == 1 else s.mul_(scale)
+    return s if scale == 1 else s * scale
 
 
 def seeded_matmul(
@@ -129,14 +129,17 @@ def seeded_matmul(
     dropout: float,
     mask: Tensor | None,
 ) -> Tensor:
-    # In place, into memory that no mm returned: whoever caches products, as selective checkpointing, forbids a change.
-    if bias is None:
-        y = _product(u, v, scale * inverse_keep(dropout))  # [M, P]
-    else:
-        y = bias.expand(x.shape[0], -1).clone().addmm_(u, v, alpha=scale * inverse_keep(dropout))
+    """The low-rank term first, to which the large product is added before anything is rounded to 16 bits. The other way
+    round most of a young link's term would be lost: it is smaller than half the spacing of a Y that is rounded already.
+    So it would be beside a bias, which comes last.
+
+    In place, in memory that no mm returned: whoever caches products, as selective checkpointing, forbids a change.
+    """
+    y = _product(u, v, scale * inverse_keep(dropout))  # [M, P]
     if mask is not None:
         _bits(y).bitwise_and_(mask)
-    return y.addmm_(x, w)
+    y.addmm_(x, w)
+    return y if bias is None else y.add_(bias)
 
 
 def output_grads(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ With little work to do, a GPU waits for the host. Then neither the fewest bytes 
 least Python: an autograd Function with Triton launches takes 0.2 ms of the host for a forward and backward whatever the
 size; these few calls, whose backward is PyTorch's in C++, a third of it. Operands stay in the GPU's cache meanwhile.
 
-The products are those of `reference`, without dropout, whose mask would take dozens of launches. Beside x and S, the
-factors as cast to the dtype of x are kept for backward.
+The products are those of `reference`, in its order, without dropout, whose mask would take dozens of launches. Beside x
+and S, S times its scale and the factors as cast to the dtype of x are kept for backward.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def lora_linear_group(
     parts = s.split([a.shape[0] for a in lora_as], dim=1) if len(lora_as) > 1 else (s,)
     ys = []
     for s_i, weight, b, scale, bias in zip(parts, weights, lora_bs, scales, biases, strict=True):
-        y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))  # [M, N]
-        y = torch.addmm(y, s_i, b.to(dtype).t(), alpha=scale)  # not in place: selective checkpointing may have kept y
+        c0 = F.linear(s_i if scale == 1 else s_i * scale, b.to(dtype))
+        y = torch.addmm(
+            c0, rows, weight.to(dtype).t()
+        )  # [M, N]; not in place: selective checkpointing may have kept C0
+        y = y if bias is None else y + bias.to(dtype)
         ys.append(y.view(*x.shape[:-1], y.shape[-1]))
     return tuple(ys)

@@ -104,13 +104,13 @@ def _matmul_jobs(operands: tuple[Tensor, ...], dropout: float, seed: Tensor | No
     x, w, u, v = operands
     rank = rank_block(u.shape[1], u.dtype, matmul.MAX_RANK_BLOCK)
     shape = Shape(x.device, x.dtype, bucket(x.shape[0]), w.shape[1], rank, seed is not None)
-    run = _with_config(matmul.run_seed, u, v, 1.0, None, dropout, seed)
+    run = _with_config(matmul.run_seed, u, v, 1.0, dropout, seed)
     written = x.shape[0] * w.shape[1] * x.element_size()
     yield Job(shape.key("seed"), matmul.seed_configs(shape, is_hopper(x.device)), run, _bytes(u, v) + written)
 
     def product(config: Any) -> Tensor:
         if config is None:
-            return matmul.launch_seed(u, v, 1.0, None, dropout, seed).addmm_(x, w)
+            return matmul.launch_seed(u, v, 1.0, dropout, seed).addmm_(x, w)
         return matmul.run_gemm(config, x, w, u, v, 1.0, None)
 
     candidates = matmul.gemm_configs(shape, is_hopper(x.device))

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import cola_kernels
 from cola_kernels import reference
 
-from .conftest import DEVICE, TRITON_DTYPES, assert_within_rule, dtype_id, error, leaves, make_problem, ours
+from .conftest import DEVICE, TRITON_DTYPES, assert_within_rule, dtype_id, eager, error, leaves, make_problem, ours
 
 pytest.importorskip("triton")
 from cola_kernels import matmul, skinny, small, tuning
@@ -103,6 +103,33 @@ def test_a_group_equals_its_members(dropout):
     assert error(x.grad, members[0]["dx"] + members[1]["dx"]) < 1e-6
 
 
+def _kept(found: torch.Tensor, without: torch.Tensor, term: torch.Tensor) -> float:
+    """The share of `term` that is in found - without: 1 is all of it."""
+    return float(((found.double() - without) * term).sum() / term.square().sum())
+
+
+@pytest.mark.parametrize("op", [reference.lora_linear_group, small.lora_linear_group, cola_kernels.lora_linear_group])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_a_young_link_is_not_rounded_away(op, dtype, bias):
+    """Its terms of Y and dX are far below half the spacing of their values, and add up all the same.
+
+    (x Wᵀ) + s (x Aᵀ) Bᵀ, each rounded to 16 bits before the sum, loses half of them, as plain PyTorch does.
+    """
+    if op is cola_kernels.lora_linear_group and dtype not in TRITON_DTYPES:
+        pytest.skip("Triton's interpreter has no bf16")
+    p = make_problem(64, 256, 192, 8, dtype, bias=bias)
+    p = p._replace(scale=0.7 * torch.finfo(dtype).eps / 16)  # the term is about a tenth of a spacing
+    exact, frozen = eager(p, torch.float64), eager(p._replace(scale=0.0), torch.float64)
+    got = ours(lambda x, w, a, b, s, bias, **_: op(x, [w], [a], [b], [s], [bias])[0], p)
+    plain = eager(p, dtype)
+    names = ["y"] if op is small.lora_linear_group else ["y", "dx"]  # there PyTorch adds the terms of dX
+    for name in names:
+        term = exact[name] - frozen[name]
+        assert _kept(plain[name], frozen[name], term) < 0.7, name
+        assert _kept(got[name], frozen[name], term) == pytest.approx(1, abs=0.1), name
+
+
 def test_checkpointing_replays_the_mask():
     p = make_problem(40, 32, 24, 4, torch.float32, dropout=0.4)
 
@@ -183,7 +210,7 @@ def test_every_configuration_of_the_seed(rank, dropout):
     for hopper in (True, False):
         shape = tuning.Shape(p.x.device, p.x.dtype, 8192, 300, 32, dropout > 0)
         for config in matmul.seed_configs(shape, hopper):
-            got = matmul.run_seed(config, ds, p.lora_a, 1.0, None, dropout, seed if dropout else None)
+            got = matmul.run_seed(config, ds, p.lora_a, 1.0, dropout, seed if dropout else None)
             assert error(got, exact) <= 2 * error(same, exact) + 1e-6, config
             assert torch.equal(got != 0, kept), config  # no product is zero by chance
 

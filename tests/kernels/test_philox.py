@@ -85,4 +85,4 @@ def test_every_kernel_draws_the_mask_of_the_specification(m, k, seed):
     # With an identity for the other factor, each kernel returns drop(ones).
     assert torch.equal(skinny.launch_project(ones, columns, 1.0, dropout, seed) != 0, expected)
     assert torch.equal(skinny.launch_factor_grad(rows, ones, dropout, seed, torch.float32) != 0, expected)
-    assert torch.equal(matmul.launch_seed(rows, ones, 1.0, None, dropout, seed) != 0, expected)
+    assert torch.equal(matmul.launch_seed(rows, ones, 1.0, dropout, seed) != 0, expected)

@@ -114,13 +114,15 @@ def test_checkpointing_replays_the_mask():
 
 @pytest.mark.parametrize("op", [reference.lora_linear_group, small.lora_linear_group], ids=["reference", "small"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_selective_checkpointing_keeps_products(op, bias):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_selective_checkpointing_keeps_products(op, bias, dropout):
     """Results of mm and addmm are cached, and must not change afterwards."""
-    p = make_problem(10, 32, 24, 4, torch.float64, bias=bias, device="cpu")
+    p = make_problem(10, 32, 24, 4, torch.float64, bias=bias, dropout=dropout, device="cpu")
+    options = {} if op is small.lora_linear_group else {"dropout": dropout, "seed": p.seed}
     contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
 
     def run(x, weight, a, b, scale, bias, **_):
-        return op(x, [weight], [a], [b], [scale], [bias])[0]
+        return op(x, [weight], [a], [b], [scale], [bias], **options)[0]
 
     def recomputed(*args, **_):
         return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
