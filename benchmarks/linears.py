@@ -125,7 +125,7 @@ def _named(y: Tensor, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return dict(zip(("y", "dX", "dA", "dB"), (y.detach(), *gradients), strict=True))
 
 
-def _sides(case: Case, dropout: float) -> dict[str, Side]:
+def all_sides(case: Case, dropout: float) -> dict[str, Side]:
     sides = {"ours": ours(case, dropout), "peft": peft(case, dropout)}
     if case.x.dtype == torch.bfloat16:
         sides["peft_bf16"] = peft(case, dropout, fp32_adapters=False)
@@ -143,7 +143,7 @@ def _layers(quick: bool) -> list[dict[str, Any]]:
 
 def _layer(dtype: str, dropout: float, tokens: int, shape: str, *, rounds: int) -> dict[str, Any]:
     case = Case.draw(SHAPES[shape], tokens, DTYPES[dtype])
-    sides = _sides(case, dropout)
+    sides = all_sides(case, dropout)
     what = f"{shape}, {dtype}, dropout {dropout}, {tokens} tokens"
     parity = {name: check(f"{name}: {what}", side, case) for name, side in sides.items()}
     linear = case.linear()

@@ -89,6 +89,7 @@ SUITES = {
     "linears": Entry(
         "How long do the LoRA linears of a small model take on a CPU, beside PEFT's?", "benchmarks.linears"
     ),
+    "rounding": Entry("How much of a young link reaches the outputs of 16-bit layers?", "benchmarks.rounding"),
     "profile": Entry("Where does the time of one training step go?", "benchmarks.profile"),
     "train": Entry("How fast is a whole training step, beside other trainers?", "benchmarks.train"),
 }

@@ -10,7 +10,7 @@ Losses have to agree before a time is shown. A run that is out of time keeps its
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -265,6 +265,6 @@ def _demo_note(demo: Mapping[str, Any]) -> str:
         f"SmolLM2-135M on the demo's sentences, {demo['dtype']} with fp32 adapters on all linears, "
         f"{demo['attention']} attention, {demo['tokens_per_step']:.0f} tokens a step, the same batches, optimizer and "
         f"clipping in all; {len(demo['samples']['ours'])} interleaved runs of {demo['timed_steps']} timed steps. Before"
-        f" any timing, the losses of the first {len(fp32['ours'])} steps agreed to {fp32['difference']:.0e} in fp32; in "
-        f"bf16 ours came within {bf16['difference']:.1%} of those, PEFT's within {bf16['of_peft']:.1%}."
+        f" any timing, the losses of the first {len(fp32['ours'])} steps agreed to {fp32['difference']:.0e} in fp32; "
+        f"in bf16 ours came within {bf16['difference']:.1%} of those, PEFT's within {bf16['of_peft']:.1%}."
     )
