@@ -271,7 +271,7 @@ class _LogLikelihood(torch.autograd.Function):
     Saves the logits and one number a row; the backward pass recomputes the softmax from them.
     """
 
-    TILE = 2**22  # elements
+    TILE, CPU_TILE = 2**22, 2**19  # elements; the fp32 copies of a CPU's stay in its cache
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
@@ -288,14 +288,15 @@ class _LogLikelihood(torch.autograd.Function):
         weight = torch.where(targets == IGNORE, 0.0, grads[0])[:, None]  # [B * P, 1]
         result = torch.empty_like(logits)
         for tile in _LogLikelihood.tiles(logits):
-            slope = (logits[tile].float() - norm[tile, None]).exp_().mul_(-weight[tile])
+            slope = logits[tile].to(torch.float32, copy=True).sub_(norm[tile, None]).exp_().mul_(-weight[tile])
             slope.scatter_add_(1, targets[tile, None].clamp(min=0), weight[tile])
             result[tile] = slope
         return result, None
 
     @staticmethod
     def tiles(logits: Tensor) -> Iterator[slice]:
-        rows = max(1, _LogLikelihood.TILE // logits.shape[-1])
+        elements = _LogLikelihood.CPU_TILE if logits.device.type == "cpu" else _LogLikelihood.TILE
+        rows = max(1, elements // logits.shape[-1])
         return (slice(start, start + rows) for start in range(0, len(logits), rows))
 
 

@@ -155,7 +155,7 @@ def test_to_moves_every_tensor() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tile", [1, 150, 10**6], ids=["rows", "ragged", "whole"])
 def test_loss_and_gradient_match_pytorch(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches._LogLikelihood, "TILE", tile)
+    monkeypatch.setattr(batches._LogLikelihood, "CPU_TILE", tile)
     batch = collate(singles(examples("turns")))
     logits = (4 * torch.randn(*batch.targets.shape, VOCABULARY)).to(dtype).requires_grad_()
     ours, count = batch_loss(logits, batch)
