@@ -21,8 +21,12 @@ add the counts of all micro-batches of a step, and divide each loss by that tota
 from __future__ import annotations
 
 import bisect
+import hashlib
+import itertools
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -187,13 +191,20 @@ class Sampler:
 class Feed:
     """The training batches of `examples`, without end: a Sampler as `config` wants it, and `collate`.
 
-    max_length: the size of a packed row. flat: see `collate`. The state is the sampler's.
+    max_length: the size of a packed row. flat: see `collate`. The state is the sampler's, and which examples they and
+    the held-out ones are.
     """
 
     def __init__(
-        self, examples: Sequence[Example], config: TrainConfig, *, max_length: int, flat: bool = False
+        self,
+        examples: Sequence[Example],
+        config: TrainConfig,
+        *,
+        max_length: int,
+        flat: bool = False,
+        held: Sequence[Example] = (),
     ) -> None:
-        self.examples, self.flat = examples, flat
+        self.examples, self.flat, self._held = examples, flat, held
         self.sampler = Sampler(
             [len(example) for example in examples],
             config.batch_size,
@@ -201,7 +212,24 @@ class Feed:
             group_by_length=config.group_by_length,
             capacity=max_length if config.packing else None,
         )
-        self.state_dict, self.load_state_dict = self.sampler.state_dict, self.sampler.load_state_dict
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.sampler.state_dict(), "examples": self._digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("examples", self._digest) != self._digest:
+            raise UserError(
+                "The data is not what this run was started with: restore the files, or set `out` to a new folder to "
+                "train on the new ones."
+            )
+        self.sampler.load_state_dict(state)
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for example in itertools.chain(self.examples, self._held):
+            digest.update(array("q", [len(example), *example.input_ids, *example.labels]).tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -7,8 +7,9 @@ Reading order: the dataclasses are the documentation of every key; `load` builds
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,6 +137,18 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides, fill in the method's preset, check everything."""
     try:
@@ -145,7 +158,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a YAML configuration: {error}.") from None
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
@@ -173,8 +186,17 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     method = chain.get("method", ChainConfig.method) if isinstance(chain, dict) else ChainConfig.method
     names = method if isinstance(method, (list, tuple)) else [method]
     config: Config = tree.build(Config, tree.merge(preset([str(name) for name in names], chosen), chosen))
+    config = _at_home(config)
     validate(config)
     return config
+
+
+def _at_home(config: Config) -> Config:
+    """`~` as a shell reads it, in files and folders: in a YAML file, or behind a =, no shell has."""
+    d = config.data
+    eval_, test = (None if path is None else os.path.expanduser(path) for path in (d.eval, d.test))
+    data = replace(d, train=os.path.expanduser(d.train), eval=eval_, test=test)
+    return replace(config, out=os.path.expanduser(config.out), data=data)
 
 
 def to_yaml(config: Config) -> str:
@@ -277,6 +299,15 @@ def validate(config: Config) -> None:
         not t.shard or c.ranks == "uniform",
         f"train.shard is set, but chain.ranks is {c.ranks}, which looks into the model: run `cola ranks`, paste what "
         "it finds, or leave train.shard out.",
+    )
+    _require(
+        s.plateau is None or t.eval_every is not None,
+        "schedule.plateau ends a link by its evaluations, but train.eval_every is not set: set both.",
+    )
+    _require(
+        d.template == DataConfig.template or bool(d.verbalisers),
+        "data.template is for classification, but data.verbalisers is missing: give the words of the labels, or write "
+        "the data as prompt and completion.",
     )
     _require(d.max_length >= 2, f"data.max_length is {d.max_length}, but it must be at least 2 tokens.")
     _require(0 <= d.eval_share < 1, f"data.eval_share is {d.eval_share}, but it is a share of the rows in [0, 1).")

@@ -7,11 +7,14 @@ messages; classification by verbalisers, where the words that stand for a label 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import math
 import re
 import string
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +112,25 @@ def _load_file(path: Path, builder: str) -> Any:
     import datasets
 
     # pandas would read the words NA, null and None as missing cells
-    options = {"keep_default_na": False} if builder == "csv" else {}
+    options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}
+    # its cache knows a file by its name and time, which a file unpacked or copied over another may share
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"by-content-{_sha256(path)[:16]}"
     try:
-        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+        return datasets.load_dataset(
+            builder, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache), **options
+        )
     except Exception as error:  # pyarrow, pandas and datasets each raise their own kinds for a malformed file
         if path.stat().st_size == 0 or "corresponds to no data" in str(error):
             raise UserError(f"{path} holds no rows: an empty data set cannot be used.") from None
         raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {_why_unreadable(path, error)}.") from None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in iter(partial(file.read, 1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:
@@ -203,9 +218,12 @@ def _classification_rows(table: _Table, config: DataConfig, tokenizer: Any) -> l
     if not words or len(words) < 2:
         raise UserError("data.format is classification, but data.verbalisers does not give the words of two labels.")
     try:
-        parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(config.template)]
+        fields = list(string.Formatter().parse(config.template))
     except ValueError as error:
         raise UserError(f"data.template {config.template!r} is malformed ({error}): write {{{{ for a brace.") from None
+    parts = [(literal, name) for literal, name, _, _ in fields]
+    if any(form or conversion for _, _, form, conversion in fields):
+        raise UserError(f"data.template {config.template!r} formats a column, but can only name it: write {{name}}.")
     has = table.data.column_names
     for unknown in {name for _, name in parts if name is not None} - set(has):
         raise UserError(
@@ -226,18 +244,24 @@ def _classification_rows(table: _Table, config: DataConfig, tokenizer: Any) -> l
         if key not in words:
             raise UserError(
                 f"Row {number} of {table.source}: {config.label_column} is {label!r}, which is not in data.verbalisers "
-                f"({', '.join(keys)}): add it there, or correct the row."
+                f"({', '.join(keys)}): add it there, or correct the row{_quoting(str(label), keys)}."
             )
         prompt = ""
         for literal, name in parts:
             prompt += literal
             if name is not None:
                 cell = cells[name][number - 1]
-                if isinstance(cell, bool) or not isinstance(cell, (str, int, float)):
+                missing = isinstance(cell, float) and math.isnan(cell)
+                if missing or isinstance(cell, bool) or not isinstance(cell, (str, int, float)):
                     raise _wrong_cell(table, number, name, cell, "text or a number")
                 prompt += str(cell)
         rows.append(Row(number, ((prompt, False),), tuple(words.values()), keys.index(key)))
     return rows
+
+
+def _quoting(label: str, keys: list[str]) -> str:
+    yes_or_no = label.lower() in ("yes", "no", "on", "off") and not {"true", "false"}.isdisjoint(keys)
+    return " (YAML reads yes, no, on and off as truth values: put them in quotes)" if yes_or_no else ""
 
 
 def _label_key(label: Any) -> str:
@@ -257,24 +281,39 @@ def _message_rows(table: _Table, config: DataConfig, tokenizer: Any) -> list[Row
         )
     marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
     rows = []
+    tools = table.column("tools") if "tools" in table.data.column_names else None
     for number, cell in enumerate(table.column("messages"), 1):
         if not isinstance(cell, list) or not cell or not all(isinstance(message, dict) for message in cell):
             raise _wrong_cell(table, number, "messages", cell, "a list of {role, content}")
-        # datasets fills the keys that other rows have with None
-        chat = [{key: value for key, value in message.items() if value is not None} for message in cell]
+        chat = _without_none(cell)  # datasets fills the keys that other rows have with None, in arguments of tools too
         for message in chat:
             if not all(isinstance(message.get(key), str) for key in ("role", "content")):
                 raise _wrong_cell(table, number, "messages", message, "text under role and under content")
         try:
-            rows.append(Row(number, **(_marked(chat, tokenizer) if marks else _turns(chat, tokenizer))))
-        except (jinja2.TemplateError, _Unstable) as error:
+            keys = {} if tools is None else {"tools": _tools(tools[number - 1])}
+            found = _marked(chat, tokenizer, keys) if marks else _turns(chat, tokenizer, keys)
+            rows.append(Row(number, **found))
+        except (jinja2.TemplateError, TypeError, ValueError, _Unstable) as error:
             raise UserError(f"Row {number} of {table.source}: the chat template refuses it: {error}.") from None
     return rows
 
 
-def _marked(chat: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
-    """The template says itself, by {% generation %}, which tokens the assistant writes."""
-    both = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+def _tools(cell: Any) -> Any:
+    """Descriptions of tools, as JSON or as structs, in which datasets has filled the keys of other rows with None."""
+    return _without_none(json.loads(cell) if isinstance(cell, str) else cell)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _marked(chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any]) -> dict[str, Any]:
+    """The template says itself, by {% generation %}, which tokens the assistant writes. keys: for the template."""
+    both = tokenizer.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **keys
+    )
     return {"marked": (list(both["input_ids"]), [bool(mark) for mark in both["assistant_masks"]])}
 
 
@@ -282,7 +321,7 @@ class _Unstable(Exception):
     pass
 
 
-def _turns(chat: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
+def _turns(chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any]) -> dict[str, Any]:
     """Without those marks: an assistant turn is what rendering it adds to the prompt that asks for it.
 
     Exact only if each rendered prefix of the conversation begins the rendering of the whole; some templates rewrite
@@ -290,15 +329,17 @@ def _turns(chat: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
     """
 
     def render(count: int, ask: bool) -> str:
-        return str(tokenizer.apply_chat_template(chat[:count], tokenize=False, add_generation_prompt=ask))
+        return str(tokenizer.apply_chat_template(chat[:count], tokenize=False, add_generation_prompt=ask, **keys))
 
+    if chat[0]["role"] == "assistant":
+        raise _Unstable("it begins with the assistant, so that what it answers cannot be told; put a user's turn first")
     whole = render(len(chat), False)
     pieces: list[tuple[str, bool]] = []
     done = 0
     for turn, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        before, after = render(turn, True) if turn else "", render(turn + 1, False)
+        before, after = render(turn, True), render(turn + 1, False)
         if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)):
             raise _Unstable(
                 f"it renders message {turn + 1} or those before it differently once more follows, so the assistant's "

@@ -54,6 +54,7 @@ class Encoder:
         self.too_long, self.max_length = too_long, max_length
         self.head = [] if kind == "messages" else _head(tokenizer)
         self.long = self.cut = self.unlabelled = self.swallowed = 0
+        self.distinct: tuple[tuple[int, ...], ...] = ()  # candidates that have been compared
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[Example], str]:
         examples = []
@@ -84,19 +85,22 @@ class Encoder:
             ids, loss = row.marked
         candidates = tuple(tuple(self._added(ids, next(tokens), choice)) for choice in row.choices)
         if candidates:
-            if not all(candidates) or len(set(candidates)) < len(candidates):
+            if candidates != self.distinct and _clash(candidates):
                 raise UserError(
-                    f"data.verbalisers are {', '.join(map(repr, row.choices))}, but to this tokenizer some are equal "
-                    "or empty: choose other words."
+                    f"data.verbalisers are {', '.join(map(repr, row.choices))}, but to this tokenizer some are empty, "
+                    "equal, or the beginning of another, which could never win: choose other words."
                 )
+            self.distinct = candidates  # of most rows the same
             gold = candidates[row.answer]
             ids, loss = ids + list(gold), loss + [True] * len(gold)
         eos = self.tokenizer.eos_token_id
         if self.kind in ("text", "completion") and ids and eos is not None and (ids[-1] != eos or not loss[-1]):
             ids, loss = [*ids, eos], [*loss, True]
-        ids, loss = self.head + ids, [False] * len(self.head) + loss
+        head = [] if ids[: len(self.head)] == self.head else self.head  # a text may have been written with it
+        ids, loss = head + ids, [False] * len(head) + loss
+        loss[: len(self.head)] = [False] * len(self.head)
         labels = [token if learn else IGNORE for token, learn in zip(ids, loss, strict=True)]
-        prompt_length = prompt_length + len(self.head) if self.kind in ("completion", "classification") else 0
+        prompt_length = prompt_length + len(head) if self.kind in ("completion", "classification") else 0
         return Example(ids, labels, prompt_length, candidates, row.answer)
 
     def _added(self, before: list[int], joint: list[int], text: str) -> list[int]:
@@ -155,6 +159,11 @@ class Encoder:
         ):
             parts += [f"{count} {words}"] if count else []
         return "; ".join([*parts, f"{tokens} tokens, {learn} with loss, longest {max(map(len, examples), default=0)}"])
+
+
+def _clash(candidates: Sequence[tuple[int, ...]]) -> bool:
+    """Whether one begins another, which could never win: more tokens are never likelier."""
+    return any(longer[: len(shorter)] == shorter for shorter, longer in itertools.permutations(candidates, 2))
 
 
 def _head(tokenizer: Any) -> list[int]:

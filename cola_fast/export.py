@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cola_kernels import nf4_dequantize
@@ -172,7 +173,7 @@ def _save_atomically(model: Any, folder: Path, state: Mapping[str, Any], tokeniz
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} could not be written ({error}): free some space or choose another folder."
         ) from error

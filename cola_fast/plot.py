@@ -51,7 +51,7 @@ def draw(run: Path) -> Path:
             place = {"xycoords": axes[0].get_xaxis_transform(), "ha": "center", "va": "bottom"}
             axes[0].annotate(f"link {row['link'] + 1} tied", (row["step"], 1.01), fontsize=8, color=_KNOT, **place)
     axes[-1].set_xlabel("optimizer step")
-    figure.suptitle(run.name, fontsize=10)
+    figure.suptitle(run.name, fontsize=10, parse_math=False)
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
     store.write_file(run / FILE, image.getvalue())

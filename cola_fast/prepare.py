@@ -4,8 +4,9 @@ examples. Nothing here writes to the disk, so bad input is refused before a run 
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,9 +39,23 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
             f"train.accumulation is {t.accumulation}, but {world.size()} processes share the forward passes of a step: "
             f"set it to {world.size()} or a multiple (and train.batch_size lower, for as many rows a step as before)."
         )
-    feed = Feed(data.train, t, max_length=data.max_length, flat=flat)
-    steps_per_epoch = math.ceil(len(feed) / t.accumulation)
-    return plan(config.schedule, rank=config.chain.r, steps_per_epoch=steps_per_epoch), feed
+    feed = Feed(data.train, t, max_length=data.max_length, flat=flat, held=data.eval)
+    return plan(config.schedule, rank=config.chain.r, steps_per_epoch=len(feed) / t.accumulation), feed
+
+
+def require_vocabulary(model: nn.Module, data: Data) -> None:
+    """Raises UserError for a token that the model has no embedding of."""
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    if embedding is None:
+        return
+    examples = itertools.chain(data.train, data.eval, data.test)
+    largest = max((max(map(max, filter(None, (e.input_ids, *e.candidates)))) for e in examples), default=0)
+    rows = embedding.weight.shape[0]
+    if largest >= rows:
+        raise UserError(
+            f"The tokenizer gives token {largest}, but the model has embeddings of {rows} tokens: use the model's own "
+            "tokenizer, or resize its embeddings and save it first."
+        )
 
 
 def load_base(config: Config) -> tuple[nn.Module, torch.device | None]:

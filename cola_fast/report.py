@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -228,7 +229,10 @@ def describe(folder: str | Path) -> str:
         lines.append("open link" + (f", at step {position['step']}" if position else ""))
     if position:
         lines.append(f"steps    {position['step']}, {position['tokens']:,} tokens, {position['seconds']:.0f} s")
-    size = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
+    size = 0
+    for file in run.rglob("*"):
+        with suppress(FileNotFoundError):  # a run that is being trained writes and removes files
+            size += file.stat().st_size if file.is_file() else 0
     return "\n".join([*lines, f"on disk  {_size(size)}"])
 
 

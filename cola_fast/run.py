@@ -66,14 +66,15 @@ class Run:
         store.make_folder(self.path)
         self._held.enter_context(store.lock(self.path))
         store.sweep(self.path)
-        if not others:
+        if not others or load_config(self.path) != self.config:  # with what may differ when a run is resumed
             store.write_file(self.path / CONFIG_FILE, configuration.to_yaml(self.config).encode())
 
     def _require_same_config(self) -> None:
         old, new = flatten(tree.to_dict(load_config(self.path))), flatten(tree.to_dict(self.config))
-        changed = [key for key in new if key not in FREE_KEYS and new[key] != old.get(key)]
+        keys = dict.fromkeys([*new, *old])  # of a mapping that is gone, only the old ones tell
+        changed = [key for key in keys if key not in FREE_KEYS and new.get(key) != old.get(key)]
         if changed:
-            what = "; ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed[:4])
+            what = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:4])
             raise UserError(
                 f"{self.path} belongs to a run with another configuration ({what}): choose another `out`, or give the "
                 "configuration it was started with to resume it."

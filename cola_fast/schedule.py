@@ -47,12 +47,13 @@ class Schedule:
         return c.lr * (shape if c.lr_shape == "constant" else c.lr_end + (1 - c.lr_end) * shape)
 
 
-def plan(config: ScheduleConfig, *, rank: int, steps_per_epoch: int) -> Schedule:
+def plan(config: ScheduleConfig, *, rank: int, steps_per_epoch: float) -> Schedule:
     """Divide the chain's length among its links, by `shares`; rounding never loses a step.
 
     Raises UserError if a link would get no step.
     """
-    total = config.steps if config.steps is not None else round((config.epochs or 0) * steps_per_epoch)
+    # batches run on across the ends of epochs: the last step alone may reach into one that was not asked for
+    total = config.steps if config.steps is not None else math.ceil(round((config.epochs or 0) * steps_per_epoch, 6))
     shares = config.shares or (1.0,) * config.links
     if total < config.links:
         raise UserError(

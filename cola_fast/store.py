@@ -125,9 +125,13 @@ def sweep(folder: Path) -> None:
     """Remove what an interrupted write left behind. Only for the process that holds the folder's lock."""
     for path in list(folder.rglob(".*.old")):  # before any is moved
         replaced = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
-        shutil.rmtree(path) if replaced.exists() else path.rename(replaced)
+        _remove(path) if replaced.exists() else path.rename(replaced)
     for path in list(folder.rglob(".*.tmp")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -45,7 +45,7 @@ from .models import (
 )
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, set_lr
-from .prepare import choose_ranks, load_base, looked_at, original_model, prepare, rehearse
+from .prepare import choose_ranks, load_base, looked_at, original_model, prepare, rehearse, require_vocabulary
 from .record import load_state
 from .run import Run
 from .schedule import Schedule
@@ -98,6 +98,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
             model, device = load_base(config)
             tokenizer = load_tokenizer(config.model)
             data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+            require_vocabulary(model, data)
             schedule, feed = prepare(config, data, flat=wants_flat(model))
         with world.together():
             if device is not None:
@@ -122,6 +123,10 @@ def train(config: Config, *, quiet: bool = False) -> Result:
             state = load_state(run.path) if resuming else None
             _require_position(chain, state, run.path)
         run.claim()
+        if run.started != resuming:
+            raise UserError(
+                f"Another process has started {run.path} meanwhile: run the same command again to resume it."
+            )
         if not quiet:
             for note in data.notes:
                 print(f"data: {note}", file=sys.stderr)
@@ -375,7 +380,7 @@ class _Loop:
     def _refuse(self, what: str, step: int) -> None:
         kept = "nothing had been saved" if self.chain.folder is None else f"{self.path} keeps its last good state"
         raise UserError(
-            f"{what} at step {step}: training stopped, {kept}. Lower schedule.lr, add "
+            f"{what} at step {step}: training stopped, {kept}. With another `out`, lower schedule.lr, add "
             "schedule.warmup, or look for a bad row in the data."
         )
 

@@ -71,6 +71,8 @@ def test_labels_may_be_numbers_or_truth_values() -> None:
         ("epochs=1", r"either schedule.epochs or schedule.steps, not both"),
         ("steps=null", r"either schedule.epochs or schedule.steps\."),
         ("steps=-5", r"schedule's length is -5"),
+        ("plateau=2", r"schedule.plateau ends a link by its evaluations, but train.eval_every is not set"),
+        ("template='{a} is'", r"data.template is for classification, but data.verbalisers is missing"),
         ("shares=[1, 2]", r"schedule.shares has 2 entries, but schedule.links is 3"),
         ("schedule.ranks=[8, 4, 0]", r"schedule.ranks is \[8, 4, 0\]"),
         ("lr=0", r"schedule.lr is 0"),
@@ -109,6 +111,12 @@ def test_bad_files(tmp_path: Path, content: str, sentence: str) -> None:
     path.write_text(content)
     with pytest.raises(UserError, match=sentence):
         config.load(path)
+
+
+def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    made = build("out=~/run", "data.train=~/a.jsonl", "data.test=~/b.jsonl")
+    assert (made.out, made.data.train, made.data.test) == ("/home/me/run", "/home/me/a.jsonl", "/home/me/b.jsonl")
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,42 @@ def test_messages_have_loss_on_the_assistant_only(tokenizer: Any, write: Any, te
     assert spoken(tokenizer, only(data)) == "a film.</s>it was.</s>"
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert only(data).input_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]  # so BOS is there once
+
+
+def test_tools_reach_the_template(tokenizer: Any, write: Any, monkeypatch: Any) -> None:
+    template = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + CHAT
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    talk = TALK[1:3]
+    rows = [{"messages": talk, "tools": [{"name": "a", "b": 1}]}, {"messages": talk, "tools": [{"name": "c"}]}]
+    texts = [tokenizer.decode(example.input_ids) for example in load(tokenizer, write(rows)).train]
+    assert texts[0].startswith('{"name": "a", "b": 1}<s>') or texts[0].startswith('{"b": 1, "name": "a"}<s>')
+    assert texts[1].startswith('{"name": "c"}<s>')
+    as_json = [{"messages": talk, "tools": json.dumps([{"name": "c"}])}]
+    assert tokenizer.decode(only(load(tokenizer, write(as_json, "b.jsonl"))).input_ids) == texts[1]
+
+
+def test_a_text_that_begins_with_bos_has_it_once(tokenizer: Any, write: Any) -> None:
+    plain, written = load(tokenizer, write([{"text": "a film"}, {"text": "<s>a film"}])).train
+    assert written == plain
+    pairs = [{"prompt": "a", "completion": " film"}, {"prompt": "<s>a", "completion": " film"}]
+    plain, written = load(tokenizer, write(pairs, "b.jsonl")).train
+    assert written == plain
+
+
+def test_another_content_under_the_same_name_and_time_is_read(tokenizer: Any, write: Any) -> None:
+    """As of a file that tar or rsync has put in the place of another."""
+    path = Path(write([{"text": "this"}]))
+    before = path.stat()
+    load(tokenizer, str(path))
+    write([{"text": "film"}])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert tokenizer.decode(only(load(tokenizer, str(path))).input_ids) == "<s>film</s>"
+
+
+def test_a_name_of_a_file_is_no_pattern(tokenizer: Any, write: Any) -> None:
+    write([{"text": "another"}], "data1.jsonl")
+    (example,) = load(tokenizer, write([{"text": "this"}], "data[1].jsonl")).train
+    assert tokenizer.decode(example.input_ids) == "<s>this</s>"
 
 
 def test_messages_without_an_assistant_are_dropped_and_counted(tokenizer: Any, write: Any) -> None:
@@ -292,8 +329,43 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "template-column": ("a.jsonl", [ROW], {**WORDS, "template": "{txt}"}, r"names 'txt', but .*Did you mean text\?"),
     "template-brace": ("a.jsonl", [ROW], {**WORDS, "template": "{text"}, r"data\.template '\{text' is malformed"),
     "template-constant": ("a.jsonl", [ROW], {**WORDS, "template": "was"}, r"data\.template 'was' names no column"),
-    "same-words": ("a.jsonl", [ROW], {"verbalisers": {"x": " a", "y": " a"}}, r"' a', ' a', but .* some are equal"),
-    "empty-word": ("a.jsonl", [ROW], {"verbalisers": {"x": " a", "y": ""}}, r"equal or empty"),
+    "same-words": (
+        "a.jsonl",
+        [ROW],
+        {"verbalisers": {"x": " a", "y": " a"}},
+        r"' a', ' a', but .* are empty, equal",
+    ),
+    "empty-word": ("a.jsonl", [ROW], {"verbalisers": {"x": " a", "y": ""}}, r"some are empty"),
+    "prefix-word": (
+        "a.jsonl",
+        [ROW],
+        {"verbalisers": {"x": " a", "y": " a film"}},
+        r"or the beginning of another, which could never win",
+    ),
+    "yes-and-no": (
+        "a.jsonl",
+        [{**ROW, "label": "yes"}],
+        {"verbalisers": {"true": " a", "false": " b"}},
+        r"label is 'yes'.* \(YAML reads yes, no",
+    ),
+    "template-format": (
+        "a.jsonl",
+        [ROW],
+        {**WORDS, "template": "{text:.3}"},
+        r"formats a column, but can only",
+    ),
+    "nan-cell": (
+        "a.jsonl",
+        '{"text": NaN, "label": "x"}\n{"text": 2.5, "label": "x"}\n',
+        WORDS,
+        r"Row 1 .*text is .*, but must be text or a number",
+    ),
+    "assistant-first": (
+        "a.jsonl",
+        [{"messages": [{"role": "assistant", "content": "hi"}]}],
+        {},
+        r"Row 1 .* begins with the assistant",
+    ),
     "messages-text": ("a.jsonl", [{"messages": "hi"}], {}, r"Row 1 .*messages is 'hi' \(str\), but must be a list of"),
     "messages-role": ("a.jsonl", [{"messages": [{"content": "hi"}]}], {}, r"Row 1 .* must be text under role"),
     "messages-null": (

@@ -70,3 +70,12 @@ def test_every_rate_is_positive_until_the_end() -> None:
     for shape in ("linear", "cosine", "constant"):
         for span in ("global", "restart"):
             assert all(rate > 0 for rate in curve(lr_shape=shape, lr_span=span, warmup=0.1))
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulation", "epochs", "steps"), [(5, 4, 3, 4), (5, 8, 3, 2), (7, 1, 0.1, 1), (30, 1, 0.1, 3)]
+)
+def test_epochs_are_overshot_by_less_than_a_step(batches: int, accumulation: int, epochs: float, steps: int) -> None:
+    """Batches run on across the ends of epochs, so that no epoch is rounded up by itself."""
+    schedule = plan(make(links=1, steps=None, epochs=epochs), rank=8, steps_per_epoch=batches / accumulation)
+    assert schedule.total == steps

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from cola_fast import UserError, config, metrics, store, trainer
 from cola_fast.best import load_best
 from cola_fast.construct import load_chain
 from cola_fast.models import load_model
 from cola_fast.record import load_state
+from cola_fast.run import load_config
 
 from ..conftest import snapshot
 
@@ -364,6 +366,44 @@ def test_a_folder_of_someone_else(config_file: Callable[..., str], tmp_path: Pat
     assert snapshot(tmp_path) == before
 
 
+def test_other_training_data_is_refused(
+    config_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rows, other labels."""
+    raw = yaml.safe_load(Path(config_file()).read_text())
+    source = Path(raw["data"]["train"])
+    copy = tmp_path / source.name
+    copy.write_text(source.read_text())
+    raw["data"]["train"] = str(copy)
+    path = tmp_path / "copy.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    train(str(path))
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    copy.write_text("".join(json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in rows))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(UserError, match="The data is not what this run was started with"):
+        train(str(path))
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_tokens_without_an_embedding_are_refused(config_file: Callable[..., str], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    raw = yaml.safe_load(Path(config_file()).read_text())
+    folder = tmp_path / "model"
+    shutil.copytree(raw["model"]["name"], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"new{i}" for i in range(9)])
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "texts.jsonl").write_text('{"text": "new8 new8"}\n{"text": "good"}\n')
+    raw |= {"data": {"train": f"{tmp_path}/texts.jsonl", "eval_share": 0.0}, "model": {"name": str(folder)}}
+    path = tmp_path / "texts.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"gives token 72, but the model has embeddings of 64"):
+        train(str(path))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_another_configuration_or_model(
     config_file: Callable[..., str], tmp_path: Path, tiny_folder: Path
 ) -> None:
@@ -377,7 +417,12 @@ def test_a_run_of_another_configuration_or_model(
     with pytest.raises(UserError, match=r"another configuration \(schedule.lr was 0.02, is 0.5\)"):
         train(path, "lr=0.5")
     assert snapshot(tmp_path / "run") == before
-    train(path, "log_every=7")  # does not change the links
+    pattern, elsewhere = "chain.rank_pattern={q_proj: 1}", f"out={tmp_path}/elsewhere"
+    train(path, pattern, elsewhere)
+    with pytest.raises(UserError, match=r"another configuration \(chain.rank_pattern.q_proj was 1, is None"):
+        train(path, elsewhere)
+    train(path, "log_every=7")  # does not change the links, and is what config.yaml says from now on
+    assert load_config(tmp_path / "run").train.log_every == 7
     shutil.copytree(tiny_folder, tmp_path / "other")
     tiny_llama(seed=4).save_pretrained(tmp_path / "other")
     text = (tmp_path / "run" / "config.yaml").read_text().replace(str(tiny_folder), str(tmp_path / "other"))
