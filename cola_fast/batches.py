@@ -305,7 +305,9 @@ class _LogLikelihood(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         norm = logits.new_empty(len(logits), dtype=torch.float32)
         for tile in _LogLikelihood.tiles(logits):
-            norm[tile] = logits[tile].float().logsumexp(-1)
+            wide = logits[tile].to(torch.float32, copy=True)  # logsumexp would make another copy
+            largest = wide.amax(-1, keepdim=True)
+            norm[tile] = wide.sub_(largest).exp_().sum(-1).log_().add_(largest[:, 0])
         chosen = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1).float()
         ctx.save_for_backward(logits, targets, norm)
         return torch.where(targets == IGNORE, 0.0, chosen - norm)
@@ -400,7 +402,7 @@ def check_padding(model: Any) -> None:
     parts = _probes(model)
     batch = collate([[example] for example in parts])
     assert batch.attention_mask is not None  # the layout that needs the model's help
-    _check(model, batch, batch.attention_mask.bool(), parts, "padding", "set train.batch_size to 1")
+    _check(model, batch, batch.attention_mask.bool(), parts, "padding", "set train.batch_size and eval_batch_size to 1")
 
 
 def check_packing(model: Any) -> None:
@@ -412,6 +414,20 @@ def check_packing(model: Any) -> None:
     batch = collate([[first, second]], flat=wants_flat(model))
     own = torch.arange(batch.input_ids.shape[1])[None] >= len(first)
     _check(model, batch, own, [second], "packing", "set train.packing to false")
+
+
+def check_causal(model: Any) -> None:
+    """Raise UserError if a token can be seen from where it is to be predicted, as in BERT."""
+    ids = _probes(model)[0].input_ids
+    other = [*ids[:-1], (ids[-1] + 1) % int(model.get_input_embeddings().weight.shape[0])]
+    with evaluating(model):
+        one, two = (_logits(model, collate([[Example(each, each)]])) for each in (ids, other))
+    seen = float((one - two).norm() / one.norm())
+    if not seen <= (1e-5 if model.dtype == torch.float32 else 2e-3):
+        raise UserError(
+            f"{type(model).__name__} sees the tokens that it is to predict (its logits change by {seen:.2%} with a "
+            "later one): choose a causal language model."
+        )
 
 
 def _probes(model: Any) -> list[Example]:

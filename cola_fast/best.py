@@ -22,6 +22,7 @@ def save_best(chain: Chain, run: Path, *, step: int, loss: float) -> None:
         "links": len(chain.links),
         "step": step,
         "loss": loss,
+        "difference": chain.open_link is not None and bool(chain.open_link.starts),
         "sha256": {name: store.sha256(data) for name, data in files.items()},
     }
     store.write_folder(run / FOLDER, {**files, FILE: store.to_json(about)})
@@ -35,5 +36,10 @@ def load_best(model: nn.Module, run: Path) -> Chain:
     about = store.read_json(folder / FILE)
     files = {name: store.read_checked(folder / name, digest) for name, digest in about["sha256"].items()}
     chain = load_chain(model, run, links=about["links"])
-    chain.open_with(peft_format.decode(files))
+    factors, starts = peft_format.decode(files), {}
+    if about.get("difference"):  # what it started from leaves the weights again, rounded as it was then
+        halves = {name: f.halves() for name, f in factors.items()}
+        factors = {name: trained for name, (trained, _) in halves.items()}
+        starts = {name: taken.negated() for name, (_, taken) in halves.items()}
+    chain.open_with(factors, starts)
     return chain

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import metrics, world
-from .batches import Feed
+from .batches import Feed, check_causal, check_packing, check_padding
 from .calibration import Sample, draw
 from .chain import Chain
 from .config import Config
@@ -56,6 +56,18 @@ def require_vocabulary(model: nn.Module, data: Data) -> None:
             f"The tokenizer gives token {largest}, but the model has embeddings of {rows} tokens: use the model's own "
             "tokenizer, or resize its embeddings and save it first."
         )
+
+
+def check_batches(config: Config, model: nn.Module, data: Data) -> None:
+    """Raises UserError if the model sees what it should not: later tokens, or other sequences of a batch if there will
+    be several."""
+    check_causal(model)
+    t = config.train
+    several = max(t.batch_size, t.eval_batch_size) > 1 or any(len(c) > 1 for e in data.train[:1] for c in e.candidates)
+    if t.packing:
+        check_packing(model)
+    elif several:
+        check_padding(model)
 
 
 def load_base(config: Config) -> tuple[nn.Module, torch.device | None]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import liger, metrics, plot, world
-from .batches import Batch, Feed, batch_loss, check_packing, check_padding, wants_flat
+from .batches import Batch, Feed, batch_loss, wants_flat
 from .best import save_best
 from .chain import Chain
 from .config import Config
@@ -45,7 +45,16 @@ from .models import (
 )
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, set_lr
-from .prepare import choose_ranks, load_base, looked_at, original_model, prepare, rehearse, require_vocabulary
+from .prepare import (
+    check_batches,
+    choose_ranks,
+    load_base,
+    looked_at,
+    original_model,
+    prepare,
+    rehearse,
+    require_vocabulary,
+)
 from .record import load_state
 from .run import Run
 from .schedule import Schedule
@@ -103,7 +112,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
         with world.together():
             if device is not None:
                 shard(model, device)
-            (check_packing if config.train.packing else check_padding)(model)
+            check_batches(config, model, data)
             resuming = run.started
             if resuming:
                 chain = load_chain(model, run.path)

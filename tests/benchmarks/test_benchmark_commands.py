@@ -77,7 +77,7 @@ def test_a_wrong_op_gets_no_numbers(
 @pytest.mark.parametrize("dtype", linears.DTYPES)
 def test_every_side_of_the_layer_passes_the_gate(dtype: str, dropout: float) -> None:
     case = linears.Case.draw((48, 40), 2 * linears.ROW, linears.DTYPES[dtype])
-    sides = linears._sides(case, dropout)
+    sides = linears.all_sides(case, dropout)
     assert len(sides) == (3 if dtype == "bf16" else 2)
     for name, side in sides.items():
         assert max(linears.check(name, side, case).values()) <= 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_fast import UserError, attach, config, load_chain
+from cola_fast.best import load_best, save_best
 from cola_fast.chain import Chain
 from cola_fast.config import ModelConfig
 from cola_fast.models import load_model
@@ -172,6 +173,21 @@ def test_a_tie_into_nf4_rewrites_codes_only(load: Callable[..., nn.Module], tmp_
     record = json.loads((tmp_path / "run" / "chain.json").read_text())
     assert record["base_kind"] == "nf4"
     assert record["base"]["quantisation"] == "nf4, blocks of 64, double"
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_the_best_link_is_that_of_the_evaluation(
+    load: Callable[..., nn.Module], ids: Tensor, tmp_path: Path, init: str
+) -> None:
+    """What PiSSA starts from has left the 4-bit codes, which rounded."""
+    chain = attach(model := load(), r=4, targets="all-linear", base="nf4", init=init)
+    chain.save(tmp_path)
+    disturb(chain)
+    save_best(chain, tmp_path, step=3, loss=1.0)
+    best = load_best(load(), tmp_path)
+    for name, layer in chain.layers.items():
+        assert torch.equal(best.layers[name].weight, layer.weight)
+    torch.testing.assert_close(logits(best.model, ids), logits(model, ids))
 
 
 def test_transformers_reads_what_a_model_with_a_chain_saves(load: Callable[..., nn.Module], tmp_path: Path) -> None:

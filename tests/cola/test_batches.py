@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from cola_fast import batches
 from cola_fast.batches import Batch, Feed, Sampler, batch_loss, candidate_scores, check_packing, choice_batches, collate
-from cola_fast.config import TrainConfig
+from cola_fast.config import Config, TrainConfig
+from cola_fast.data import Data
 from cola_fast.encode import IGNORE, Example
 from cola_fast.errors import UserError
 from cola_fast.models import needed_logits
+from cola_fast.prepare import check_batches
 
 VOCABULARY = 61
 
@@ -355,6 +358,26 @@ def test_a_model_that_does_not_is_refused(dtype: torch.dtype) -> None:
         check_packing(model)
     with pytest.raises(UserError, match=r"Deaf does not keep .* under padding"):
         batches.check_padding(model)
+
+
+def test_a_model_that_sees_the_answer_is_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    batches.check_causal(llama())
+    with pytest.raises(UserError, match="BertLMHeadModel sees the tokens that it is to predict"):
+        batches.check_causal(BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, **sizes)))
+
+
+def test_one_sequence_at_a_time_needs_no_padding() -> None:
+    """With verbalisers of several tokens the candidates are rows of one batch."""
+    model, data = Deaf(llama()), Data("text", examples("text"), [], [], max_length=64)
+    one = Config(train=TrainConfig(batch_size=1, eval_batch_size=1))
+    check_batches(one, model, data)
+    choice = replace(examples("text")[0], candidates=((1,), (2, 3)), answer=1)
+    for config, given in ((Config(), data), (one, replace(data, train=[choice]))):
+        with pytest.raises(UserError, match=r"under padding .* set train.batch_size and eval_batch_size to 1"):
+            check_batches(config, model, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
