@@ -142,7 +142,7 @@ def vllm_notes(factors: Mapping[str, Factors]) -> list[str]:
 def peft_notes(model: nn.Module, factors: Mapping[str, Factors]) -> list[str]:
     """PEFT looks for v4's expert linears in what transformers 5 holds as one tensor for all experts, and takes the
     dense linears of the same names for them."""
-    fused = any(p.dim() == 3 and f".{_EXPERTS}." in f".{name}" for name, p in model.named_parameters())
+    fused = any(p.dim() == 3 and ".experts." in f".{name}" for name, p in model.named_parameters())
     taken = sorted({name.rsplit(".", 1)[-1] for name in factors} & _EXPERT_LINEARS) if fused else []
     if not taken:
         return []
@@ -152,7 +152,6 @@ def peft_notes(model: nn.Module, factors: Mapping[str, Factors]) -> list[str]:
     ]
 
 
-_EXPERTS = "experts"
 _EXPERT_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from . import world
-from .batches import batch_loss, candidate_scores, choice_batches, eval_batches, wants_flat
+from .batches import batch_loss, candidate_scores, choice_batches, eval_batches
 from .encode import Example
+from .layout import wants_flat
 from .models import needed_logits
 from .modes import evaluating
 

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from . import metrics, world
-from .batches import Feed, check_causal, check_packing, check_padding
+from .batches import Feed
 from .calibration import Sample, draw
 from .chain import Chain
 from .config import Config
 from .data import Data
 from .errors import UserError
+from .layout import check_causal, check_packing, check_padding
 from .link import derive_seed
 from .methods import GRADIENT, RANKS, wanted_by
 from .models import load_model, resolve_device, resolve_dtype

@@ -36,9 +36,10 @@ class Plan(NamedTuple):
 
 def plan_run(config: Config) -> Plan:
     """Reads the data but no weights, writes nothing."""
-    from .batches import collate, wants_flat
+    from .batches import collate
     from .construct import attach
     from .data import load_data
+    from .layout import wants_flat
     from .memory import estimate
     from .models import context_length, load_empty_model, load_tokenizer, resolve_device, resolve_dtype
     from .prepare import prepare

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import liger, metrics, plot, world
-from .batches import Batch, Feed, batch_loss, wants_flat
+from .batches import Batch, Feed, batch_loss
 from .best import save_best
 from .chain import Chain
 from .config import Config
@@ -35,6 +35,7 @@ from .construct import attach, load_chain
 from .data import Data, load_data
 from .errors import UserError
 from .evaluate import Score, evaluate
+from .layout import wants_flat
 from .link import derive_seed
 from .methods import AFTER_STEP, GRADIENT, PERTURB, STATE, Step
 from .models import (

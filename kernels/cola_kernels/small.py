@@ -47,9 +47,8 @@ def lora_linear_group(
     ys = []
     for s_i, weight, b, scale, bias in zip(parts, weights, lora_bs, scales, biases, strict=True):
         c0 = F.linear(s_i if scale == 1 else s_i * scale, b.to(dtype))
-        y = torch.addmm(
-            c0, rows, weight.to(dtype).t()
-        )  # [M, N]; not in place: selective checkpointing may have kept C0
+        # [M, N]; not in place: selective checkpointing may have kept C0
+        y = torch.addmm(c0, rows, weight.to(dtype).t())
         y = y if bias is None else y + bias.to(dtype)
         ys.append(y.view(*x.shape[:-1], y.shape[-1]))
     return tuple(ys)

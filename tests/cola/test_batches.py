@@ -1,4 +1,4 @@
-"""batches.py: whatever the layout, a batch gives the numbers that its examples give one by one."""
+"""batches.py and layout.py: whatever the layout, a batch gives the numbers that its examples give one by one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cola_fast import batches
-from cola_fast.batches import Batch, Feed, Sampler, batch_loss, candidate_scores, check_packing, choice_batches, collate
+from cola_fast.batches import Batch, Feed, Sampler, batch_loss, candidate_scores, choice_batches, collate
 from cola_fast.config import Config, TrainConfig
 from cola_fast.data import Data
 from cola_fast.encode import IGNORE, Example
 from cola_fast.errors import UserError
+from cola_fast.layout import check_causal, check_packing, check_padding
 from cola_fast.models import needed_logits
 from cola_fast.prepare import check_batches
 
@@ -347,7 +348,7 @@ class Deaf(nn.Module):
 def test_a_model_that_keeps_sequences_apart_passes(attention: str, dtype: torch.dtype) -> None:
     model = llama(attention, attention_dropout=0.5).to(dtype).train()
     check_packing(model)
-    batches.check_padding(model)
+    check_padding(model)
     assert model.training
 
 
@@ -357,16 +358,16 @@ def test_a_model_that_does_not_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(UserError, match=r"Deaf does not keep .* under packing .*: set train\.packing to false"):
         check_packing(model)
     with pytest.raises(UserError, match=r"Deaf does not keep .* under padding"):
-        batches.check_padding(model)
+        check_padding(model)
 
 
 def test_a_model_that_sees_the_answer_is_refused() -> None:
     from transformers import BertConfig, BertLMHeadModel
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    batches.check_causal(llama())
+    check_causal(llama())
     with pytest.raises(UserError, match="BertLMHeadModel sees the tokens that it is to predict"):
-        batches.check_causal(BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, **sizes)))
+        check_causal(BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, **sizes)))
 
 
 def test_one_sequence_at_a_time_needs_no_padding() -> None:
@@ -386,7 +387,7 @@ def test_one_sequence_at_a_time_needs_no_padding() -> None:
 )
 def test_who_can_be_packed(name: str, packs: bool, dtype: torch.dtype) -> None:
     model = tiny(name).to(dtype)
-    batches.check_padding(model)
+    check_padding(model)
     if packs:
         check_packing(model)
     else:

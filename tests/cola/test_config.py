@@ -113,10 +113,10 @@ def test_bad_files(tmp_path: Path, content: str, sentence: str) -> None:
         config.load(path)
 
 
-def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", home := str(tmp_path))
     made = build("out=~/run", "data.train=~/a.jsonl", "data.test=~/b.jsonl")
-    assert (made.out, made.data.train, made.data.test) == ("/home/me/run", "/home/me/a.jsonl", "/home/me/b.jsonl")
+    assert (made.out, made.data.train, made.data.test) == (f"{home}/run", f"{home}/a.jsonl", f"{home}/b.jsonl")
 
 
 def test_missing_file(tmp_path: Path) -> None:
