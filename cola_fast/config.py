@@ -185,6 +185,8 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     chain = chosen.get("chain")
     method = chain.get("method", ChainConfig.method) if isinstance(chain, dict) else ChainConfig.method
     names = method if isinstance(method, (list, tuple)) else [method]
+    if isinstance(chain, dict) and len(names) == 1:
+        chain["method"] = names[0]  # [cola] is cola, also to a run that is resumed
     config: Config = tree.build(Config, tree.merge(preset([str(name) for name in names], chosen), chosen))
     config = _at_home(config)
     validate(config)

@@ -162,7 +162,7 @@ def _as_dense(model: Any) -> Iterator[None]:
 
 
 def _save_atomically(model: Any, folder: Path, state: Mapping[str, Any], tokenizer: Any) -> None:
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}.part")  # not .tmp, which a run sweeps from its folder
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)

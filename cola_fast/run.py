@@ -7,33 +7,42 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from . import config as configuration
 from . import store, tree, world
-from .config import Config
+from .config import Config, ModelConfig
 from .errors import UserError
+from .models import DTYPES, resolve_device, resolve_dtype
 from .record import CHAIN_FILE
 
 CONFIG_FILE = "config.yaml"
-# Keys that may differ when a run is resumed: they do not change the links.
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Keys that may differ when a run is resumed: they do not change the links, or what they name is known by its content,
+# wherever it lies (`identity.fingerprint` of the weights, the feed's digest of the examples).
 FREE_TRAIN_KEYS = ("save_every", "log_every", "loggers", "eval_batch_size", "shard")
-FREE_KEYS = {"out", "data.test", *(f"train.{key}" for key in FREE_TRAIN_KEYS)}
+FREE_KEYS = {"out", "model.name", "data.train", "data.eval", "data.test", *(f"train.{key}" for key in FREE_TRAIN_KEYS)}
 
 
 class Run:
-    """`with Run(config) as run`: nothing is written before `claim`, and the folder is let go at the end."""
+    """`with Run(config) as run`: nothing is written before `claim`, and the folder is let go at the end.
+
+    config: as given, but for a dtype that is `auto`: what it was where the run was started it stays on other machines.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, Path(config.out)
         self._held = contextlib.ExitStack()
-        self._claimed = False
+        self._holding = False
 
     def __enter__(self) -> Run:
-        if world.lead(self._in_use):
-            self.claim()  # an existing run: refuse at once, not after loading a model
+        in_use = world.lead(self._in_use)
+        self.config = replace(self.config, model=world.lead(self._model))
+        if in_use:
+            world.lead(self._hold)  # an existing run: refuse at once, not after loading a model
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -44,10 +53,8 @@ class Run:
         return world.lead((self.path / CHAIN_FILE).exists)
 
     def claim(self) -> None:
-        """Lock the folder for this process, and make sure it is this configuration's."""
-        if not self._claimed:
-            world.lead(self._claim)
-        self._claimed = True
+        """Nothing is left to be refused: lock the folder for this process, and write down the configuration."""
+        world.lead(self._claim)
 
     def _in_use(self) -> bool:
         if self.path.is_file():
@@ -57,7 +64,15 @@ class Run:
             raise UserError(f"out is {self.path}, but {above} is no folder that can be written in: name another.")
         return self.path.exists() and any(self.path.iterdir())
 
-    def _claim(self) -> None:
+    def _model(self) -> ModelConfig:
+        model = self.config.model
+        if model.dtype == "auto" and (self.path / CONFIG_FILE).exists():
+            model = replace(model, dtype=load_config(self.path).model.dtype)
+        dtype: Any = DTYPE_NAMES[resolve_dtype(model.dtype, resolve_device(model.device))]
+        return replace(model, dtype=dtype)
+
+    def _hold(self) -> None:
+        """Lock the folder, and make sure it is this configuration's."""
         others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.exists() else []
         if others and not (self.path / CONFIG_FILE).exists():
             raise UserError(f"out is {self.path}, which holds other files ({others[0]}, ...): choose a new folder.")
@@ -65,9 +80,15 @@ class Run:
             self._require_same_config()
         store.make_folder(self.path)
         self._held.enter_context(store.lock(self.path))
+        self._holding = True
         store.sweep(self.path)
-        if not others or load_config(self.path) != self.config:  # with what may differ when a run is resumed
-            store.write_file(self.path / CONFIG_FILE, configuration.to_yaml(self.config).encode())
+
+    def _claim(self) -> None:
+        if not self._holding:
+            self._hold()
+        path = self.path / CONFIG_FILE
+        if not path.exists() or load_config(self.path) != self.config:  # with what may differ when a run is resumed
+            store.write_file(path, configuration.to_yaml(self.config).encode())
 
     def _require_same_config(self) -> None:
         old, new = flatten(tree.to_dict(load_config(self.path))), flatten(tree.to_dict(self.config))

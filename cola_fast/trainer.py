@@ -103,6 +103,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
     (the last good state is kept), and Interrupted after Ctrl-C or SIGTERM.
     """
     with world.joined(), Run(config) as run:
+        config = run.config
         quiet = quiet or not world.is_main()
         with world.together():
             model, device = load_base(config)
@@ -132,6 +133,10 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 rehearse(chain, config)
             state = load_state(run.path) if resuming else None
             _require_position(chain, state, run.path)
+        obstacle = liger.obstacle(model) if config.train.use_liger else None
+        use_liger = config.train.use_liger and not obstacle
+        loss = liger.summed_loss if use_liger else _summed_loss
+        loop = _Loop(config, run.path, model, chain, data, schedule, feed, state, loss, quiet)
         run.claim()
         if run.started != resuming:
             raise UserError(
@@ -140,13 +145,10 @@ def train(config: Config, *, quiet: bool = False) -> Result:
         if not quiet:
             for note in data.notes:
                 print(f"data: {note}", file=sys.stderr)
-        obstacle = liger.obstacle(model) if config.train.use_liger else None
         if obstacle and not quiet:
             print(f"liger-kernel is off: {obstacle}", file=sys.stderr)
-        use_liger = config.train.use_liger and not obstacle
         with liger.kernels(model) if use_liger else nullcontext():
-            loss = liger.summed_loss if use_liger else _summed_loss
-            return _Loop(config, run.path, model, chain, data, schedule, feed, state, loss, quiet).run()
+            return loop.run()
 
 
 def _require_position(chain: Chain, state: dict[str, Any] | None, run: Path) -> None:
@@ -288,6 +290,8 @@ class _Loop:
         if at.knot_due or (t.eval_every and at.step % t.eval_every == 0):
             self._evaluate()
         if at.knot_due:
+            if self.unlogged:  # an evaluation has ended the link: its losses are not the next one's
+                self._log_training(lr)
             return
         if world.anyone(bool(self.signals)):
             self._save()
@@ -359,6 +363,7 @@ class _Loop:
         self.at.seconds = time.perf_counter() - self.started
         extra = {
             "position": asdict(self.at),
+            "unlogged": self.unlogged,
             "feed": self.feed.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.optimizer else {"state": self.optimizer_state},
         }
@@ -366,6 +371,7 @@ class _Loop:
 
     def _restore(self, extra: dict[str, Any]) -> None:
         self.at = Position(**extra["position"])
+        self.unlogged = extra["unlogged"]
         self.feed.load_state_dict(extra["feed"])
         self.optimizer_state = extra["optimizer"]["state"]
 

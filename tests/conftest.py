@@ -45,6 +45,12 @@ def disturb(chain: Any, scale: float = 0.05, seed: int = 1) -> None:
             layer.lora_B.normal_(0, scale, generator=generator)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws, and so its verdict, is the same each time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def model() -> nn.Module:
     return tiny_llama()
