@@ -34,7 +34,7 @@ from .modes import plainly
 from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of
 from .peft_format import Factors, task_type
 from .record import CHAIN_FILE, FORMAT, write_state
-from .targets import assign_ranks, short_targets
+from .targets import short_targets
 
 if TYPE_CHECKING:
     from .export import ExportedAdapter
@@ -83,7 +83,7 @@ class Chain:
         self._require_layers()
         self._require_folded()
         pattern = self.settings.rank_pattern if rank_pattern is None else rank_pattern
-        ranks = assign_ranks(self._shapes(), self.settings.r if r is None else r, pattern)
+        ranks = replace(self.settings, rank_pattern=pattern).ranks(self._shapes(), r)
         settings = replace(self.settings, rank_pattern=None if pattern is None else dict(pattern))
         looked_at = self.batches if batches is None else as_batches(batches)
         index, init = len(self.links), settings.init
@@ -103,7 +103,7 @@ class Chain:
 
     def ranks(self, r: int | None = None) -> dict[str, int]:
         """Module -> the rank `extend(r)` would give it. Raises UserError for a rank that a module cannot have."""
-        return assign_ranks(self._shapes(), self.settings.r if r is None else r, self.settings.rank_pattern)
+        return self.settings.ranks(self._shapes(), r)
 
     def open_with(self, factors: Mapping[str, Factors], starts: Mapping[str, Factors] | None = None) -> OpenLink:
         """Open the next link with the given values instead of fresh ones.

@@ -18,7 +18,7 @@ from .layer import LoRALinear
 from .link import SealedLink
 from .opening import Settings
 from .record import load_state, read_record
-from .targets import assign_ranks, select_modules
+from .targets import select_modules
 
 
 def attach(
@@ -68,11 +68,10 @@ def attach(
     model = _bare(model)
     modules = select_modules(model, targets)
     shapes = {n: (m.out_features, m.in_features) for n, m in modules.items()}
-    assign_ranks(shapes, r if first_rank is None else first_rank, rank_pattern)
-    pattern = dict(rank_pattern) if rank_pattern else None
-    settings = Settings(r, alpha, dropout, seed, pattern, init, scaling, frozen, share, carry, gate)
+    settings = Settings(r, alpha, dropout, seed, rank_pattern, init, scaling, frozen, share, carry, gate)
     settings.validate()
-    settings = replace(settings, alpha=float(alpha))
+    settings.ranks(shapes, first_rank)
+    settings = replace(settings, alpha=float(alpha), rank_pattern=dict(rank_pattern) if rank_pattern else None)
     kind = choose_base(base, rounding, modules.values())
     chain = Chain(model, modules, kind, settings, base_identity(model))
     try:

@@ -21,7 +21,7 @@ from .layer import LoRALinear, factor_dtype, is_nf4
 from .link import derive_seed
 from .methods import GATE, INIT, SCALING, Gates, Site, wanted_by
 from .peft_format import Factors
-from .targets import block_of
+from .targets import assign_ranks, block_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Settings:
     alpha: float
     dropout: float
     seed: int
-    rank_pattern: dict[str, int] | None
+    rank_pattern: Mapping[str, int] | None
     init: str = "kaiming"
     scaling: str = "lora"
     frozen: str | None = None
@@ -60,6 +60,22 @@ class Settings:
         for holds, sentence in rules:
             if not holds:
                 raise UserError(sentence)
+
+    def ranks(self, shapes: Mapping[str, tuple[int, int]], r: int | None = None) -> dict[str, int]:
+        """Module -> the rank of a link of rank `r` (the chain's own when None).
+
+        shapes: module -> (N, K). Raises UserError for a rank that a module cannot have, or not with this init.
+        """
+        ranks = assign_ranks(shapes, self.r if r is None else r, self.rank_pattern)
+        directions = wanted_by(self.init).directions
+        for name, rank in ranks.items():
+            if directions * rank > min(shapes[name]):
+                n, k = shapes[name]
+                raise UserError(
+                    f"init {self.init} takes {directions}R directions of each weight, but that of {name}, {n} x {k}, "
+                    f"has no {directions * rank}: lower its rank with rank_pattern, or r."
+                )
+        return ranks
 
     def alpha_for(self, rank: int) -> float:
         """Alpha of a module of this rank: its scale is that over the rank."""

@@ -42,7 +42,7 @@ def plan_run(config: Config) -> Plan:
     from .layout import wants_flat
     from .memory import estimate
     from .models import context_length, load_empty_model, load_tokenizer, resolve_device, resolve_dtype
-    from .prepare import prepare
+    from .prepare import prepare, rehearse
 
     model = load_empty_model(config.model)
     tokenizer = load_tokenizer(config.model)
@@ -55,6 +55,10 @@ def plan_run(config: Config) -> Plan:
         rank_pattern=c.rank_pattern, first_rank=max(ranks), scaling=c.scaling, frozen=c.frozen, share=c.share,
         gate=c.gate,
     )  # fmt: skip
+    chain.settings = replace(chain.settings, init=c.init)  # which looks at weights, and there are none
+    for rank in ranks:
+        chain.ranks(rank)
+    rehearse(chain, config)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     rows = [[data.train[i] for i in row] for row in feed.sampler.rows]

@@ -57,7 +57,7 @@ def main_gradient(
 
 
 WANTS["eva"] = Wants(main_inputs)
-WANTS["lora-ga"] = Wants(main_gradient, gradients=True)
+WANTS["lora-ga"] = Wants(main_gradient, gradients=True, directions=2)
 
 
 @INIT.fill("eva")
@@ -79,11 +79,6 @@ def lora_ga(site: Site) -> tuple[Tensor, Tensor]:
     """`A = c V_{1..R}ᵀ, B = c U_{R+1..2R}` with `c = N^(1/4) / sqrt(gamma)`, whatever the gradient's size."""
     u, _, v = site.seen
     n, rank = site.shape[0], site.rank
-    if 2 * rank > u.shape[1]:
-        raise UserError(
-            f"init lora-ga takes 2R directions of each weight, but a {site.shape} one has no "
-            f"{2 * rank}: lower its rank with rank_pattern, or r."
-        )
     c = n**0.25 / GAMMA**0.5
     return (c * v[:, :rank].t()).to(site.dtype), (c * u[:, rank : 2 * rank]).to(site.dtype)
 

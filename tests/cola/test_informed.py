@@ -223,7 +223,7 @@ def without_labels() -> list[dict[str, Tensor]]:
         ({"init": "eva"}, r"init eva starts from training data: give attach or extend a few `batches`"),
         ({"init": "lora-ga", "batches": []}, r"init lora-ga starts from training data"),
         ({"init": "lora-ga", "batches": without_labels()}, r"gives no loss: put labels into it"),
-        ({"init": "lora-ga", "batches": batches(40), "r": 9}, r"2R directions .* \(16, 32\) one has no 18"),
+        ({"init": "lora-ga", "batches": batches(40), "r": 9}, r"2R directions .* 16 x 32, has no 18"),
         ({"init": "eva", "batches": [{"input_ids": torch.ones(1, 2, dtype=torch.int64)}]}, r"saw 2 tokens, too few"),
         ({"init": "eva", "batches": without_labels(), "frozen": "b"}, r"B at 0, where it cannot stay frozen"),
     ],

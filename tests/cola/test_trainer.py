@@ -23,6 +23,7 @@ from cola_fast.best import load_best
 from cola_fast.construct import load_chain
 from cola_fast.models import load_model
 from cola_fast.record import load_state
+from cola_fast.report import dry_run
 
 from ..conftest import snapshot
 
@@ -333,6 +334,8 @@ def test_sealing_on_a_full_disk_leaves_the_link_open(
         ({"chain__gate": "sora", "train__gradient": "lora-pro"}, r"lora-pro knows no gates on the rank"),
         ({"chain__gate": "sora", "train__optimizer": "lora-rite"}, r"lora-rite"),
         ({"chain__gate": "dora", "train__after_step": "sora"}, r"after_step: sora needs gates on the rank"),
+        ({"chain__init": "loftq"}, r"init is loftq, which corrects what quantising has lost: set model.load_in_4bit"),
+        ({"chain__init": "lora-ga", "schedule__ranks": [2, 2, 10]}, r"lora-ga takes 2R directions .* has no 20"),
         ({"chain__base": "dense", "model__load_in_4bit": True}, r"chain.base is dense, but model.load_in_4bit is set"),
         ({"out": "/proc/nowhere/run"}, r"/proc/nowhere/run could not be written|no folder that can be written in"),
     ],
@@ -346,6 +349,9 @@ def test_bad_input_changes_nothing_on_disk(
     with pytest.raises(UserError, match=sentence) as caught:
         train(path)
     assert "\n" not in str(caught.value)
+    if "out" not in keys:  # a dry run has none
+        with pytest.raises(UserError, match=sentence):
+            dry_run(config.load(path))
     assert snapshot(tmp_path) == before
     assert not (tmp_path / "run").exists()
 
