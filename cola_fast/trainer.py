@@ -371,7 +371,7 @@ class _Loop:
 
     def _restore(self, extra: dict[str, Any]) -> None:
         self.at = Position(**extra["position"])
-        self.unlogged = extra["unlogged"]
+        self.unlogged = extra.get("unlogged", [])
         self.feed.load_state_dict(extra["feed"])
         self.optimizer_state = extra["optimizer"]["state"]
 
