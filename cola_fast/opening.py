@@ -50,10 +50,12 @@ class Settings:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"{key} is {value!r}, but it must be a finite number.")
+        needed = self.frozen in wanted_by(self.init).trained
         rules = (
             (0 <= self.dropout < 1, f"dropout is {self.dropout}, but it must be at least 0 and less than 1."),
             (self.alpha > 0, f"alpha is {self.alpha}, but it must be positive."),
             (self.frozen in (None, "a", "b"), f"frozen is {self.frozen!r}, but must be 'a', 'b' or None."),
+            (not needed, f"frozen is {self.frozen!r}, but init {self.init} needs that factor trained: set it to None."),
             (0 < self.share <= 1, f"share is {self.share}, but it is a share of the blocks, above 0 and at most 1."),
             (0 <= self.carry <= 1, f"carry is {self.carry}, but it is a share of a link, between 0 and 1."),
         )

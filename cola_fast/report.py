@@ -56,6 +56,7 @@ def plan_run(config: Config) -> Plan:
         gate=c.gate,
     )  # fmt: skip
     chain.settings = replace(chain.settings, init=c.init)  # which looks at weights, and there are none
+    chain.settings.validate()
     for rank in ranks:
         chain.ranks(rank)
     rehearse(chain, config)

@@ -56,7 +56,7 @@ def main_gradient(
     return _svd(gradient, rank)
 
 
-WANTS["eva"] = Wants(main_inputs)
+WANTS["eva"] = Wants(main_inputs, trained=("b",))
 WANTS["lora-ga"] = Wants(main_gradient, gradients=True, directions=2)
 
 
@@ -65,8 +65,6 @@ def eva(site: Site) -> tuple[Tensor, Tensor]:
     """`A = V_Rᵀ`, orthonormal rows; B = 0."""
     import torch
 
-    if site.frozen == "b":
-        raise UserError("init eva leaves B at 0, where it cannot stay frozen: set frozen to 'a' or None.")
     rows: Tensor = site.seen
     if len(rows) < site.rank:
         raise UserError(f"init eva saw {len(rows)} tokens, too few for rank {site.rank}: give it more batches.")

@@ -23,7 +23,7 @@ register(
         {"chain": {"init": "loftq"}},
     )
 )
-WANTS["loftq"] = Wants(corrects=True)
+WANTS["loftq"] = Wants(corrects=True, trained=("a", "b"))
 
 
 @INIT.fill("loftq")
@@ -36,8 +36,6 @@ def loftq(site: Site) -> tuple[Tensor, Tensor]:
 
     if site.index > 0 or site.original is None:
         return kaiming(site)
-    if site.frozen is not None:
-        raise UserError("init loftq starts with a correction in both factors: set frozen to None, or use another init.")
     original = site.original.to(site.weight.device, torch.float32)
     lost = original - site.weight.float()
     share = float(lost.norm() / original.norm())

@@ -60,6 +60,7 @@ class Wants:
     # module. Linear algebra in at least fp32; random draws are seeded.
     see: Callable[[Any, int, Tensor, Tensor | None], Any] | None = None
     gradients: bool = False  # dy, the gradient of the module's output, too
+    trained: tuple[str, ...] = ()  # "a", "b": the factors that cannot stay as it leaves them
     directions: int = 1  # of the weight's min(N, K), for each of the rank's
     corrects: bool = False  # it starts as a correction of what quantising lost, which stays in the function
 

@@ -335,6 +335,7 @@ def test_sealing_on_a_full_disk_leaves_the_link_open(
         ({"chain__gate": "sora", "train__optimizer": "lora-rite"}, r"lora-rite"),
         ({"chain__gate": "dora", "train__after_step": "sora"}, r"after_step: sora needs gates on the rank"),
         ({"chain__init": "loftq"}, r"init is loftq, which corrects what quantising has lost: set model.load_in_4bit"),
+        ({"chain__init": "eva", "chain__frozen": "b"}, r"frozen is 'b', but init eva needs that factor trained"),
         ({"chain__init": "lora-ga", "schedule__ranks": [2, 2, 10]}, r"lora-ga takes 2R directions .* has no 20"),
         ({"chain__base": "dense", "model__load_in_4bit": True}, r"chain.base is dense, but model.load_in_4bit is set"),
         ({"out": "/proc/nowhere/run"}, r"/proc/nowhere/run could not be written|no folder that can be written in"),
