@@ -92,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"cola: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(f"cola: {error.filename} is closed to this user: fix its permissions, or name another.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("cola: stopped at once; the run folder is at its last saved state.", file=sys.stderr)
         return 130
@@ -192,7 +195,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         from .report import dry_run
 
-        print(dry_run(config))
+        if world.is_main():
+            print(dry_run(config))
         return 0
     return _run_training(config)
 

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import string
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -111,18 +112,31 @@ def _read(source: str, split: str, config: DataConfig) -> _Table:
 def _load_file(path: Path, builder: str) -> Any:
     import datasets
 
-    # pandas would read the words NA, null and None as missing cells
-    options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}
     # its cache knows a file by its name and time, which a file unpacked or copied over another may share
     cache = Path(datasets.config.HF_DATASETS_CACHE) / f"by-content-{_sha256(path)[:16]}"
     try:
-        return datasets.load_dataset(
-            builder, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache), **options
-        )
+        options = _as_written(path) if builder == "csv" else {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Length of header")  # pandas drops cells
+            return datasets.load_dataset(
+                builder, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache), **options
+            )
     except Exception as error:  # pyarrow, pandas and datasets each raise their own kinds for a malformed file
         if path.stat().st_size == 0 or "corresponds to no data" in str(error):
             raise UserError(f"{path} holds no rows: an empty data set cannot be used.") from None
         raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {_why_unreadable(path, error)}.") from None
+
+
+def _as_written(path: Path) -> dict[str, Any]:
+    """Options by which every cell of a CSV file is a string, in the column it stands in. pandas would read NA, null and
+    None as missing, 007 as 7, 42 as 42.0 where another row is empty, and where rows have a cell more than the header
+    names, shift the names by one."""
+    import datasets
+    import pandas
+
+    names = pandas.read_csv(path, nrows=0).columns
+    text = datasets.Features({name: datasets.Value("string") for name in names})
+    return {"keep_default_na": False, "index_col": False, "features": text}
 
 
 def _sha256(path: Path) -> str:
@@ -238,7 +252,7 @@ def _classification_rows(table: _Table, config: DataConfig, tokenizer: Any) -> l
     keys = list(words)
     rows = []
     for number, label in enumerate(table.column(config.label_column), 1):
-        key = _label_key(label)
+        key = label if label in words else _label_key(label)
         if key not in words and names and isinstance(label, int) and 0 <= label < len(names):
             key = names[label]
         if key not in words:
@@ -266,9 +280,13 @@ def _quoting(label: str, keys: list[str]) -> str:
 
 def _label_key(label: Any) -> str:
     """As config.py reads the keys of data.verbalisers, which YAML may have taken for numbers or truth values."""
-    if isinstance(label, bool):
+    if str(label).lower() in ("true", "false"):
         return str(label).lower()
-    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+    try:
+        number = float(label)  # of a string, too: a CSV file has nothing else
+    except (TypeError, ValueError):
+        return str(label)
+    return str(int(number)) if number.is_integer() else str(label)
 
 
 def _message_rows(table: _Table, config: DataConfig, tokenizer: Any) -> list[Row]:

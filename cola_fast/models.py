@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,7 +56,7 @@ def load_empty_model(config: ModelConfig) -> nn.Module:
 
     settings = _from_pretrained(AutoConfig, config)
     options = {} if config.attention is None else {"attn_implementation": config.attention}
-    with torch.device("meta"):
+    with _one_sentence(config), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code, **options)
     return cast(nn.Module, model)
 
@@ -149,9 +151,17 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
     looks_local = folder.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1
     if looks_local and not folder.is_dir():
         raise UserError(f"model.name is {config.name}, but there is no such folder.")
-    try:
+    with _one_sentence(config):
         return kind.from_pretrained(str(folder) if folder.is_dir() else config.name, **options)
+
+
+@contextmanager
+def _one_sentence(config: ModelConfig) -> Iterator[None]:
+    """What transformers raises where it cannot make a model, as a UserError."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not folder.is_dir() else ""
+        local = Path(config.name).expanduser().is_dir()
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not local else ""
         raise UserError(f"The model {config.name} could not be loaded{offline}: {reason}.") from error

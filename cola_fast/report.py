@@ -57,7 +57,7 @@ def plan_run(config: Config) -> Plan:
     )  # fmt: skip
     chain.settings = replace(chain.settings, init=c.init)  # which looks at weights, and there are none
     chain.settings.validate()
-    for rank in ranks:
+    for rank in ranks if c.ranks == "uniform" else []:
         chain.ranks(rank)
     rehearse(chain, config)
     device = resolve_device(config.model.device)

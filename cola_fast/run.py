@@ -21,10 +21,10 @@ from .record import CHAIN_FILE
 
 CONFIG_FILE = "config.yaml"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Keys that may differ when a run is resumed: they do not change the links, or what they name is known by its content,
-# wherever it lies (`identity.fingerprint` of the weights, the feed's digest of the examples).
+# Keys that may differ when a run is resumed: they do not change the links. Data is known by its content, wherever it
+# lies (the feed's digest). A model is not: the fingerprint does not see another dtype, or another config.json.
 FREE_TRAIN_KEYS = ("save_every", "log_every", "loggers", "eval_batch_size", "shard")
-FREE_KEYS = {"out", "model.name", "data.train", "data.eval", "data.test", *(f"train.{key}" for key in FREE_TRAIN_KEYS)}
+FREE_KEYS = {"out", "data.train", "data.eval", "data.test", *(f"train.{key}" for key in FREE_TRAIN_KEYS)}
 
 
 class Run:
@@ -92,13 +92,16 @@ class Run:
 
     def _require_same_config(self) -> None:
         old, new = flatten(tree.to_dict(load_config(self.path))), flatten(tree.to_dict(self.config))
+        if old["model.dtype"] == "auto":  # a file of the user's own, not one that `claim` has written
+            old["model.dtype"] = new["model.dtype"]
         keys = dict.fromkeys([*new, *old])  # of a mapping that is gone, only the old ones tell
         changed = [key for key in keys if key not in FREE_KEYS and new.get(key) != old.get(key)]
         if changed:
             what = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:4])
+            moved = " If the model has only moved, write its new name into that run's config.yaml, too."
             raise UserError(
                 f"{self.path} belongs to a run with another configuration ({what}): choose another `out`, or give the "
-                "configuration it was started with to resume it."
+                f"configuration it was started with to resume it.{moved if changed == ['model.name'] else ''}"
             )
 
 

@@ -133,10 +133,10 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 rehearse(chain, config)
             state = load_state(run.path) if resuming else None
             _require_position(chain, state, run.path)
-        obstacle = liger.obstacle(model) if config.train.use_liger else None
-        use_liger = config.train.use_liger and not obstacle
-        loss = liger.summed_loss if use_liger else _summed_loss
-        loop = _Loop(config, run.path, model, chain, data, schedule, feed, state, loss, quiet)
+            obstacle = liger.obstacle(model) if config.train.use_liger else None
+            use_liger = config.train.use_liger and not obstacle
+            loss = liger.summed_loss if use_liger else _summed_loss
+            loop = _Loop(config, run.path, model, chain, data, schedule, feed, state, loss, quiet)
         run.claim()
         if run.started != resuming:
             raise UserError(

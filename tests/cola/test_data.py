@@ -197,6 +197,14 @@ def test_file_kinds_and_label_spellings_agree(tokenizer: Any, write: Any, name: 
     assert [tokenizer.decode(e.input_ids) for e in data.train] == ["<s>NA was great", "<s>b was long"]
 
 
+def test_cells_of_a_csv_file_are_read_as_they_are_written(tokenizer: Any, write: Any) -> None:
+    path = write("text,label\n007,1.0\n1.10,0.0\n,TRUE\n42,true\n", "a.csv")
+    data = load(tokenizer, path, template="<{text}>", verbalisers={"0": " bad", "1": " good", "true": " fair"})
+    assert [tokenizer.decode(e.input_ids) for e in data.train] == [
+        "<s><007> good", "<s><1.10> bad", "<s><> fair", "<s><42> fair",
+    ]  # fmt: skip
+
+
 def test_parquet_with_class_names(tokenizer: Any, tmp_path: Path) -> None:
     import datasets
 
@@ -299,6 +307,7 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "jsonl": ("a.jsonl", '{"text": "a"}\n\n{"text": oops}\n', {}, r"cannot be read as jsonl: line 3: Expecting value"),
     "not-objects": ("a.jsonl", "1\n2\n", {}, r"line 1 is 1, but must be an object"),
     "json": ("a.json", '[{"text": "a"},\n{"text": "b"', {}, r"cannot be read as json: .*line 2"),
+    "csv-cells": ("a.csv", "text,label\na, b,1\nc, d,2\n", {}, r"cannot be read as csv: Length of header"),
     "csv": ("a.csv", "text\na\nb,c,d\n", {}, r"cannot be read as csv: .*line 3"),
     "parquet": ("a.parquet", "hello", {}, r"cannot be read as parquet"),
     "extension": ("a.xlsx", "hello", {}, r"is a \.xlsx file, but data is read from \.jsonl, \.json, \.csv, \.parquet"),
@@ -316,7 +325,7 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         {"format": "text"},
         r"Row 2 of .*: text is empty, but must be text",
     ),
-    "number-cell": ("a.csv", "text\n1\n2\n", {}, r"Row 1 of .*: text is '1' \(int\), but must be text"),
+    "number-cell": ("a.jsonl", [{"text": 1}, {"text": 2}], {}, r"Row 1 of .*: text is '1' \(int\), but must be text"),
     "mixed-cell": ("a.jsonl", [{"text": "a"}, {"text": ["b"]}], {}, r"Row 2 of .*text is .*\(list\), but must be text"),
     "list-in-template": (
         "a.jsonl",

@@ -1,4 +1,4 @@
-"""What a run folder goes on with: the same configuration, weights and examples, wherever these lie by now."""
+"""What a run folder goes on with: the same configuration, weights and examples."""
 
 from __future__ import annotations
 
@@ -69,11 +69,20 @@ def test_other_weights_and_other_data_are_refused(
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in rows))
     before = snapshot(tmp_path / "run")
-    with pytest.raises(UserError, match="this model's weights differ"):
-        train(config_file(), f"model.name={tmp_path / 'other'}")
+    other_model = f"model.name={tmp_path / 'other'}"
+    with pytest.raises(UserError, match=r"model.name was .* If the model has only moved, write its new name into"):
+        train(config_file(), other_model)
     with pytest.raises(UserError, match="The data is not what this run was started with"):
         train(config_file(), f"data.train={other}")
     assert snapshot(tmp_path / "run") == before
+    rename_model(tmp_path, tiny_folder, "other")
+    with pytest.raises(UserError, match="this model's weights differ"):
+        train(config_file(), other_model)
+
+
+def rename_model(tmp_path: Path, old: Path, new: str) -> None:
+    written = tmp_path / "run" / "config.yaml"
+    written.write_text(written.read_text().replace(str(old), str(tmp_path / new)))
 
 
 def test_a_model_and_data_that_have_moved_are_the_same(
@@ -82,9 +91,20 @@ def test_a_model_and_data_that_have_moved_are_the_same(
     train_until(6, config_file())
     shutil.copytree(tiny_folder, tmp_path / "moved")
     shutil.copy(task_files["train"], tmp_path / "moved.jsonl")
+    rename_model(tmp_path, tiny_folder, "moved")
     result = train(config_file(), f"model.name={tmp_path / 'moved'}", f"data.train={tmp_path / 'moved.jsonl'}")
     assert (result.links, result.steps) == (3, 12)
-    assert load_config(tmp_path / "run").model.name == str(tmp_path / "moved")
+    assert load_config(tmp_path / "run").data.train == str(tmp_path / "moved.jsonl")
+
+
+def test_a_configuration_of_the_user_s_own_in_the_run_folder(config_file: Callable[..., str], tmp_path: Path) -> None:
+    """It says auto, which the run's own copy never does."""
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "config.yaml"
+    shutil.copy(config_file(model__dtype="auto"), path)
+    train(str(path))
+    assert load_config(tmp_path / "run").model.dtype in ("bf16", "fp32")
+    train(config_file())  # auto again
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])

@@ -315,6 +315,7 @@ def test_sealing_on_a_full_disk_leaves_the_link_open(
     [
         ({"model__name": "/no/such/folder"}, r"there is no such folder"),
         ({"model__name": "nobody/nothing"}, r"The model nobody/nothing could not be loaded"),
+        ({"model__attention": "nonsense"}, r"could not be loaded: .*nonsense"),
         ({"model__device": "cuda"}, r"model.device is cuda, but PyTorch finds no CUDA GPU"),
         ({"model__device": "abacus"}, r"model.device is 'abacus'"),
         ({"data__train": "none.jsonl"}, r"There is no file none.jsonl"),
