@@ -28,7 +28,8 @@ from cola_fast.config import Config
 from cola_fast.data import Data, load_data
 from cola_fast.demo import demo_config
 from cola_fast.evaluate import evaluate
-from cola_fast.models import context_length, forbid_repacking, load_model, load_tokenizer, needed_logits
+from cola_fast.layer import forbid_repacking
+from cola_fast.models import context_length, load_model, load_tokenizer, needed_logits
 from cola_fast.prepare import prepare
 from cola_fast.trainer import train
 

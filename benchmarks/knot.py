@@ -21,7 +21,8 @@ from cola_fast.config import Config
 from cola_fast.data import load_data
 from cola_fast.demo import demo_config
 from cola_fast.evaluate import Score, evaluate
-from cola_fast.models import context_length, forbid_repacking, load_model, load_tokenizer
+from cola_fast.layer import forbid_repacking
+from cola_fast.models import context_length, load_model, load_tokenizer
 from cola_fast.trainer import train
 
 from . import harness

@@ -10,7 +10,7 @@ is made to change nothing, and the links are folded into the untouched base, as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
@@ -124,7 +124,8 @@ class ChainCallback(TrainerCallback):
             self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if self.chain.open_link is None:  # resumed at its very end, where the Trainer may take one step more
             self.chain.extend()
-        swap_parameters(optimizer, before, dict(self.chain.named_parameters()), keep_state=True)
+        # the state that the Trainer has loaded is that of the link which has been reopened
+        swap_parameters(optimizer, before, dict(self.chain.named_parameters()), keeps=lambda old, new: True)
         if self.config.lr_span == "restart":
             restart_curve(lr_scheduler, args, spans)
 
@@ -141,7 +142,8 @@ class ChainCallback(TrainerCallback):
         if tied + 1 < len(spans):
             self.chain.extend(spans[tied + 1].rank)
         after = dict(self.chain.named_parameters())
-        swap_parameters(optimizer, before, after, keep_state=self.config.optimizer_state == "keep")
+        keep = self.config.optimizer_state == "keep"
+        swap_parameters(optimizer, before, after, keeps=lambda old, new: keep and old.shape == new.shape)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.schedule is not None
@@ -212,15 +214,18 @@ class ChainCallback(TrainerCallback):
 
 
 def swap_parameters(
-    optimizer: Any, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], *, keep_state: bool
+    optimizer: Any,
+    before: Mapping[str, nn.Parameter],
+    after: Mapping[str, nn.Parameter],
+    *,
+    keeps: Callable[[nn.Parameter, nn.Parameter], bool],
 ) -> None:
     """Put the parameters `after` where `before` are in the optimizer's groups, matched by name.
 
     After the last tie there is none: the old ones stay, without state, so that the groups keep the sizes that a resumed
     Trainer expects.
 
-    keep_state: the new ones inherit the optimizer's state, where its shapes fit; otherwise theirs is empty, Adam's
-    `step` too.
+    keeps: whether the new one (the second) inherits the old one's state; otherwise its own is empty, Adam's `step` too.
 
     Raises UserError if the optimizer does not hold all of `before`.
     """
@@ -235,10 +240,8 @@ def swap_parameters(
         group["params"] = [after.get(names[p], p) if p in names else p for p in group["params"]]
     for parameter, name in names.items():
         state, heir = optimizer.state.pop(parameter, None), after.get(name)
-        if keep_state and state and heir is not None:
-            shapes = {value.shape for value in state.values() if isinstance(value, Tensor) and value.dim()}
-            if shapes <= {heir.shape}:
-                optimizer.state[heir] = state
+        if state and heir is not None and keeps(parameter, heir):
+            optimizer.state[heir] = state
 
 
 def restart_curve(scheduler: Any, args: Any, spans: tuple[Span, ...]) -> None:

@@ -27,7 +27,7 @@ from .bases import Base
 from .calibration import Batches, as_batches, look
 from .errors import UserError
 from .grouping import Grouping
-from .layer import PARTS, wrap_all
+from .layer import PARTS, allow_repacking, forbid_repacking, wrap_all
 from .link import SealedLink, derive_seed, folder_name, summarise
 from .methods import Pair
 from .modes import plainly
@@ -59,7 +59,12 @@ class Chain:
         self.batches: list[Any] = []  # what an init that starts from data looks at
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self.grouping = Grouping()
-        self.layers = wrap_all(modules, self.grouping)
+        self._repacking = forbid_repacking(model)
+        try:
+            self.layers = wrap_all(modules, self.grouping)
+        except BaseException:
+            allow_repacking(self._repacking)
+            raise
         self._were_trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
 
@@ -260,6 +265,7 @@ class Chain:
             layer.to_linear()
         for parameter in self._were_trainable:
             parameter.requires_grad_(True)
+        allow_repacking(self._repacking)
         self.layers, self.open_link = {}, None
         return self.model
 

@@ -15,6 +15,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from cola_kernels import lora_linear, unpack_nf4_
+from cola_kernels.autograd import autocast_dtype
 
 PLAIN_TENSORS = (nn.Parameter, Tensor)  # not a DTensor, and not a quantised weight
 
@@ -56,7 +57,7 @@ class Fused:
         weight, a = self.base_layer.weight, self.lora_A[adapter].weight
         if not x.device == weight.device == a.device or x.shape[-1] != a.shape[1]:
             return False
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device) is not None:
             return x.dtype != torch.float64
         return self._takes_dtype(x) and bool(self.cast_input_dtype_enabled or x.dtype == a.dtype)
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cola_kernels import lora_linear, lora_linear_group
+from cola_kernels.autograd import autocast_dtype
 
 from .gates import output_gate
 
@@ -180,12 +181,11 @@ class _Moment(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> _Moment:
-        device = x.device.type
         return cls(
             _version(x),
             x.requires_grad,
             torch.is_grad_enabled(),
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            autocast_dtype(x.device),
             torch.cuda.current_stream(x.device) if x.is_cuda else None,
             torch._C._current_graph_task_id(),
             _saved_tensors_hooks(True),

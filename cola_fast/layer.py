@@ -6,7 +6,7 @@ its hooks and its state dict already know: nothing is re-registered, copied or r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -212,3 +212,29 @@ def _require_nf4(linear: nn.Linear, name: str) -> None:
         nf4.read(linear.weight)
     except ValueError as error:
         raise UserError(f"{name} cannot take a link: {error}") from None
+
+
+def forbid_repacking(model: nn.Module) -> list[nn.Module]:
+    """In eval mode on a CPU, bitsandbytes would repack 4-bit weights in place, which rounds their scales, and lets no
+    gradient through from then on. Returns the modules that were about to.
+
+    Raises UserError for a weight that it has repacked already.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UserError(
+                f"{name} has run in eval mode, for which it was repacked by bitsandbytes on the CPU, which rounded its "
+                "scales and lets no gradient through: load the model again, or call cola_kernels.unpack_nf4_ on every "
+                "such weight to go on with the rounded scales."
+            )
+    key = "support_avx512bf16_for_cpu"
+    found = [module for module in model.modules() if getattr(module, key, False)]
+    for module in found:
+        setattr(module, key, False)
+    return found
+
+
+def allow_repacking(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        setattr(module, "support_avx512bf16_for_cpu", True)  # noqa: B010

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .errors import UserError
+from .layer import forbid_repacking
 from .versions import require_tested
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -40,14 +41,6 @@ def load_model(config: ModelConfig) -> nn.Module:
         forget_gguf(model)
     forbid_repacking(model)
     return cast(nn.Module, (model if config.load_in_4bit else model.to(device)).eval())
-
-
-def forbid_repacking(model: nn.Module) -> None:
-    """In eval mode on a CPU, bitsandbytes would repack NF4 weights in place, rounding their scales."""
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def load_empty_model(config: ModelConfig) -> nn.Module:

@@ -254,7 +254,7 @@ class _Loop:
         at, t = self.at, self.config.train
         batches = [next(self.feed) for _ in range(t.accumulation)]
         labelled = sum(batch.labelled for batch in batches)  # the mean is over the step's tokens, not over its batches
-        loss = torch.zeros((), device=self.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
         with self._perturbed():
             for number in range(world.rank(), t.accumulation, world.size()):
                 # who computes a batch makes no difference to its dropout: neither its seed nor which layers run as one

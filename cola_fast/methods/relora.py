@@ -51,7 +51,7 @@ def prune_random(state: dict[int, dict[str, Any]], share: float, seed: int) -> d
     generator = torch.Generator().manual_seed(seed)
 
     def prune(moment: Tensor) -> Tensor:
-        kept = torch.rand(moment.shape, generator=generator) >= share
+        kept = torch.rand(moment.shape, dtype=torch.float32, generator=generator) >= share
         return moment * kept.to(moment.device)
 
     return _prune_moments(state, prune)

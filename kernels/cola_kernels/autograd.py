@@ -185,13 +185,21 @@ def _without_autocast(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, saved: Sequence[Any], *dys: Tensor | None) -> Any:
-        kinds = {dy.device.type for dy in dys if dy is not None}
-        if not any(map(torch.is_autocast_enabled, kinds)):
+        device = next((dy.device for dy in dys if dy is not None), None)
+        if device is None or autocast_dtype(device) is None:
             return backward(ctx, saved, *dys)
-        with torch.autocast(kinds.pop(), enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return backward(ctx, saved, *dys)
 
     return cast(Backward, wrapped)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on this device; None where it is off, or there is none, as on "meta"."""
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def apply(
@@ -226,8 +234,9 @@ def checked(
     """x in the dtype to compute in. Raises ValueError for what does not fit."""
     check_group(weights, lora_as, lora_bs, scales, biases)
     frozen = [nf4.as_weight(weight) for weight in weights]
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    autocast = autocast_dtype(x.device)
+    if autocast is not None and x.dtype != torch.float64:
+        x = x.to(autocast)
     else:
         for weight in frozen:
             if isinstance(weight, Tensor) and x.dtype != weight.dtype:

@@ -51,7 +51,7 @@ def _dequantize_kernel(
 @functools.cache
 def levels(device: torch.device) -> Tensor:
     """The 16 levels, and the 15 mid-points between them: fp32 [31]."""
-    table = torch.tensor(LEVELS)
+    table = torch.tensor(LEVELS, dtype=torch.float32)
     return torch.cat((table, (table[1:] + table[:-1]) / 2)).to(device)
 
 

@@ -35,7 +35,9 @@ LEVELS = (
     0.7229568362236023,
     1.0,
 )
-_LEVELS = torch.tensor(LEVELS)  # made while compiling with dynamic=True, each float would become a symbol
+_LEVELS = torch.tensor(
+    LEVELS, dtype=torch.float32
+)  # made while compiling with dynamic=True, each float would become a symbol
 TILE_ELEMENTS = 1 << 15  # worked on at a time in fp32, so that all temporaries together stay small
 GPU_TILE_ELEMENTS = 1 << 22
 
@@ -184,7 +186,7 @@ def dequantize(weight: NF4, out: Tensor) -> Tensor:
     return out
 
 
-_scratch: dict[int, Tensor] = {}
+_of_thread = threading.local()
 
 
 def scratch(weight: NF4, dtype: torch.dtype) -> Tensor:
@@ -196,11 +198,11 @@ def scratch(weight: NF4, dtype: torch.dtype) -> Tensor:
     shape, size = weight.shape, weight.shape[0] * weight.shape[1] * dtype.itemsize
     if weight.codes.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(shape, dtype=dtype, device=weight.codes.device)
-    buffer = _scratch.get(threading.get_ident())
+    buffer = getattr(_of_thread, "scratch", None)
     if buffer is None or buffer.numel() < size:
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8, device=weight.codes.device)
         if type(buffer) is Tensor:  # not under FakeTensorMode
-            _scratch[threading.get_ident()] = buffer
+            _of_thread.scratch = buffer
     return buffer[:size].view(dtype).view(shape)
 
 
@@ -218,15 +220,19 @@ def unpack_nf4_(weight: Tensor) -> None:
     if state is None or state.quant_type != "nf4" or not getattr(state, "packing_format_for_cpu", False):
         read(weight)
         return
+    with torch.inference_mode(False):  # else what is made here could not be trained with
+        _unpack_(weight, state)
+
+
+def _unpack_(weight: Tensor, state: Any) -> None:
     n, k = state.shape
     # 32 rows lie together. Of the 64 elements that they have in two columns, a byte holds j (low) and j + 32 (high).
     packed = weight.data.view(torch.uint8).view(-1, 32)
     pairs = torch.cat((packed & 15, packed >> 4), dim=1).view(n // 32, k // 2, 32, 2)
     codes = pack(pairs.transpose(1, 2).reshape(n, k))
-    flat = weight.data.view(-1)
-    flat.view(torch.uint8).copy_(codes.view(-1))
+    flat = codes.view(-1)
     weight.data = flat.view(getattr(state, "original_storage_type", torch.uint8)).view(-1, 1)
-    state.absmax = state.absmax.t().reshape(-1).float()
+    state.absmax = state.absmax.t().reshape(-1).to(torch.float32, copy=True)
     state.nested, state.state2, state.offset = False, None, None
     state.dtype = state.original_dtype
     state.packing_format_for_cpu = False

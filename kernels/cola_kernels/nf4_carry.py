@@ -27,7 +27,7 @@ def carry(
     n, k = view.shape
     whiten = lower.float()
     width = min(rank + OVERSAMPLING, n, k)
-    start = torch.randn(k, width, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(k, width, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(start.to(a.device)).Q  # [K, width], of the right singular vectors of E L
     for _ in range(ITERATIONS):
         _, back = _products(view, codes, a, b, scale, whiten @ basis)

@@ -144,7 +144,8 @@ def activation_codes(
 ) -> Tensor:
     """The codes [N, K / 2] that the GPTQ recursion ends with, taking the columns in `order`; see `inverse_factor`."""
     n, k = view.shape
-    left = torch.empty(n, k, device=a.device)  # what the columns still to come have to represent, in `order`
+    # what the columns still to come have to represent, in `order`
+    left = torch.empty(n, k, dtype=torch.float32, device=a.device)
     codes = torch.empty(n, k, dtype=torch.uint8, device=a.device)  # likewise
     for rows in nf4.tiles(view):
         old = view.codes[rows]

@@ -25,7 +25,7 @@ from cola_kernels import nf4_dequantize
 from ..conftest import disturb, tiny_llama
 from .three import separate, zero_grad
 
-pytest.importorskip("bitsandbytes")
+bnb = pytest.importorskip("bitsandbytes")
 DTYPES = ["fp32", "bf16"]
 
 
@@ -204,15 +204,22 @@ def test_transformers_reads_what_a_model_with_a_chain_saves(load: Callable[..., 
         assert torch.equal(nf4_dequantize(weight, torch.float32), nf4_dequantize(layer.weight, torch.float32))
 
 
-def test_evaluating_before_training_is_safe(load: Callable[..., nn.Module], ids: Tensor) -> None:
-    """bitsandbytes repacks a weight when it first runs in eval mode on a CPU, and trains wrongly from then on."""
+def repacking(model: nn.Module) -> nn.Module:
+    """As whoever loads a model without our help has it."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = bnb.functional.has_avx512bf16()
+    return model
+
+
+@pytest.mark.parametrize("keys", [{"targets": "all-linear"}, {"targets": "down_proj"}, {"init": "eva"}], ids=str)
+def test_evaluating_before_training_is_safe(load: Callable[..., nn.Module], ids: Tensor, keys: dict[str, Any]) -> None:
+    """bitsandbytes repacks a weight when it first runs in eval mode on a CPU, and then no gradient passes through it:
+    that of a layer without a link, too. An init that looks at data evaluates by itself."""
 
     def gradients(evaluate: bool) -> list[Tensor]:
-        model = load("bf16")
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = True  # as whoever loads a model without our help has it
-        chain = attach(model, targets="all-linear", r=2)
+        model = load("bf16") if not evaluate else repacking(load("bf16"))
+        chain = attach(model, r=2, **keys, **({"batches": [{"input_ids": ids}]} if "init" in keys else {}))
         disturb(chain)
         if evaluate:
             logits(chain.model.eval(), ids)
@@ -221,6 +228,25 @@ def test_evaluating_before_training_is_safe(load: Callable[..., nn.Module], ids:
         return [p.grad for p in chain.parameters() if p.grad is not None]
 
     assert same(gradients(True), gradients(False))
+
+
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on AVX512-BF16 CPUs only")
+def test_bitsandbytes_may_repack_before_and_after_a_chain_but_not_during_it(
+    load: Callable[..., nn.Module], ids: Tensor
+) -> None:
+    def repacked(model: nn.Module) -> int:
+        states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules()]
+        return sum(bool(getattr(state, "packing_format_for_cpu", False)) for state in states)
+
+    model = repacking(load("bf16"))
+    chain = attach(model, targets="down_proj", r=2)
+    logits(model.eval(), ids)
+    assert repacked(model) == 0
+    chain.detach()
+    logits(model.eval(), ids)
+    assert repacked(model) == 14
+    with pytest.raises(UserError, match=r"q_proj has run in eval mode, .* load the model again"):
+        attach(model, targets="down_proj", r=2)
 
 
 # --- runs and exports -------------------------------------------------------------------------------------------------

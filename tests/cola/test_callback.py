@@ -145,6 +145,22 @@ def test_every_checkpoint_leads_to_the_same_links(
         assert snapshot(tmp_path / f"checkpoint-{step}" / "chain") == saved
 
 
+@pytest.mark.parametrize("ranks", [None, (4, 3, 2)])
+def test_moments_of_another_shape_than_the_factor_are_resumed(ranks: Any, tmp_path: Path) -> None:
+    """Adafactor keeps a row's and a column's, as quantised moments have their own shapes, too."""
+    options: dict[str, Any] = {
+        "callback": {"ranks": ranks, "optimizer_state": "keep"}, "keys": {"first_rank": ranks and ranks[0]},
+        "optim": "adafactor", "learning_rate": 1e-2, "save_steps": 1, "save_total_limit": None,
+    }  # fmt: skip
+    trainer, chain, spy = make(tmp_path, **options)
+    trainer.train()
+    assert [n > 0 for n in spy.states] == [True, ranks is None, True, ranks is None, True, False]
+    for step in (1, 3):
+        resumed, again, _ = make(tmp_path, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert hashes(again) == hashes(chain)
+
+
 def test_a_checkpoint_holds_the_chain_of_its_own_step(tmp_path: Path) -> None:
     """It outlives the checkpoints before it, and loads without a Trainer."""
     trainer, chain, _ = make(tmp_path, save_steps=1, save_total_limit=1)

@@ -138,6 +138,17 @@ def test_evaluating_before_training(accelerated: str, evaluate: Any, load_nf4: L
         assert error(ours, exact, part) <= 2 * error(theirs, exact, part) + 1e-6
 
 
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on AVX512-BF16 CPUs only")
+def test_training_after_evaluations_in_inference_mode(load_nf4: Load, ids: Tensor) -> None:
+    """The second finds weights that the first, on PEFT's own forward, has had repacked."""
+    model = wrap(load_nf4(torch.bfloat16, repacks=True), target_modules="all-linear")
+    accelerate_peft(model)
+    with torch.inference_mode():
+        evaluated_without_adapters(model, ids)
+        evaluated(model, ids)
+    assert all(tensor.isfinite().all() for tensor in results(model.train(), ids).values())
+
+
 def four_bit(model: nn.Module) -> list[Tensor]:
     return [
         m.base_layer.weight for m in model.modules() if isinstance(getattr(m, "base_layer", None), bnb.nn.Linear4bit)

@@ -152,6 +152,12 @@ def test_compiles_without_a_graph_break(dropout):
         assert torch.equal(value, expected[name]), name
 
 
+def test_runs_on_meta_tensors():
+    p = make_problem((2, 9), 32, 24, 4, torch.float32, bias=True, device="meta")
+    y = cola_kernels.lora_linear(p.x, p.weight, p.lora_a, p.lora_b, p.scale, p.bias)
+    assert (y.shape, y.device.type) == ((2, 9, 24), "meta")
+
+
 def test_a_run_repeats_bit_for_bit():
     p = make_problem(300, 64, 48, 8, torch.float16, dropout=0.3)
     first, second = (ours(cola_kernels.lora_linear, p) for _ in range(2))

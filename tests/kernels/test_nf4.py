@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import textwrap
+import threading
 import types
+import weakref
 from typing import Any
 
 import pytest
@@ -90,7 +95,7 @@ def test_keeps_no_dense_weight_for_backward():
 
 
 def test_two_layers_share_one_buffer():
-    nf4._scratch.clear()
+    vars(nf4._of_thread).clear()
     first, second = quantise(64, 128), quantise(32, 128)
     x = torch.randn(3, 128, requires_grad=True, device=DEVICE)
     for weight in (first, second, first):
@@ -98,15 +103,54 @@ def test_two_layers_share_one_buffer():
             x, weight, torch.randn(2, 128, device=DEVICE), torch.zeros(len(weight) * 2 // 128, 2, device=DEVICE), 1.0
         )
         assert torch.equal(y, F.linear(x, dequantised(weight)))
-    assert [t.nbytes for t in nf4._scratch.values()] == ([64 * 128 * 4] if DEVICE == "cpu" else [])
+    assert [t.nbytes for t in vars(nf4._of_thread).values()] == ([64 * 128 * 4] if DEVICE == "cpu" else [])
 
 
 def test_a_fake_tensor_does_not_stay_in_the_buffer():
-    nf4._scratch.clear()
+    vars(nf4._of_thread).clear()
     weight = nf4.read(quantise(64, 128))
     with FakeTensorMode():
         assert isinstance(nf4.scratch(weight, torch.float32), FakeTensor)
     assert type(nf4.scratch(weight, torch.float32)) is torch.Tensor
+
+
+def test_defaults_of_torch_change_nothing():
+    """Made in a process of its own: some tables are made when the package is imported."""
+    lines = """
+        import sys, torch
+        import bitsandbytes as bnb
+        torch.set_default_dtype(getattr(torch, sys.argv[1]))
+        import cola_kernels
+        generator = torch.Generator().manual_seed(0)
+        def normal(*shape): return torch.randn(*shape, dtype=torch.float32, generator=generator)
+        torch.set_default_dtype(torch.float32)
+        weight = bnb.nn.Params4bit(normal(64, 128), quant_type="nf4").to("cpu")  # whose own tables would change
+        torch.set_default_dtype(getattr(torch, sys.argv[1]))
+        a, b, h = normal(4, 128), normal(64, 4), torch.eye(128, dtype=torch.float32)
+        print([cola_kernels.nf4_merge_(weight, a, b, 1e-2, rounding=r) for r in ("stochastic", "nearest")])
+        print(cola_kernels.nf4_merge_(weight, a, b, 1e-2, rounding="activation", second_moment=h))
+        with torch.device("meta"):
+            print(float(cola_kernels.lora_linear(a, weight, a, b, 1.0).double().sum()))
+    """
+    found = [
+        subprocess.run([sys.executable, "-c", textwrap.dedent(lines), kind], capture_output=True, text=True, check=True)
+        for kind in ("float32", "bfloat16", "float64")
+    ]
+    assert "retained" in found[0].stdout
+    assert found[1].stdout == found[2].stdout == found[0].stdout
+
+
+def test_a_thread_s_buffer_goes_with_it():
+    alive = []
+
+    def work() -> None:
+        buffer = nf4.scratch(nf4.read(quantise(64, 128)), torch.float32)
+        alive.append(weakref.ref(buffer))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert alive[0]() is None
 
 
 def test_autocast_and_checkpointing():
