@@ -106,7 +106,8 @@ def _compare(name: str, result: Mapping[str, Any]) -> list[Any]:
 
 
 def _unfinished(out: Path | None, header: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run of the same suite on the same commit and device has left in `out`, if its time was up."""
+    """What a run of the same suite on the same commit and device has left in `out`, if its time was up or something was
+    refused."""
     from . import harness
 
     if out is None or not out.is_file():
@@ -114,7 +115,7 @@ def _unfinished(out: Path | None, header: Mapping[str, Any]) -> dict[str, Any]:
     found = harness.read(out)
     same = all(found[key] == header[key] for key in ("suite", "quick"))
     same = same and all(found["environment"][key] == header["environment"][key] for key in ("device", "commit"))
-    return found if same and not found["complete"] else {}
+    return found if same and (not found["complete"] or found.get("refused")) else {}
 
 
 def _report(texts: Sequence[Path], page: Path) -> int:

@@ -2,7 +2,7 @@
 
     parity        the kernels' tests on the GPU: bf16, fp16 and fp32 counted apart
     tune          a table for this GPU, in DIR; what follows uses it
-    lora_linear, kernels, convergence, train, memory, overhead, profile     the suites of those names
+    lora_linear, kernels, convergence, profile, overhead, memory, train     the suites of those names
 
 Each stage is a process of its own, in this order, with its own limit within the whole. One that fails or runs out of
 time is recorded and the next one starts; suites and the tuner keep what they have as they go. The same command again
@@ -62,8 +62,8 @@ def stages(out: Path, *, quick: bool) -> list[Stage]:
     ]
 
 
-# they take what is left, and the first two go on where they stopped
-_OF_MODELS = ("train", "memory", "overhead", "profile")
+# they take what is left, the longest last
+_OF_MODELS = ("profile", "overhead", "memory", "train")
 _SUITES = {"lora_linear": 0.3, "kernels": 0.2, "convergence": 0.25, **dict.fromkeys(_OF_MODELS, 1.0)}
 
 
@@ -77,6 +77,11 @@ def main(out: Path, seconds: float, *, quick: bool) -> int:
     if harness.device().type == "cpu" and not quick:
         print("No GPU is visible; --quick rehearses on the CPU.", file=sys.stderr)
         return 2
+    if importlib.util.find_spec("datasets") is None:
+        print("The suites of models read their data by datasets: pip install datasets.", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("bitsandbytes") is None:
+        harness.say("bitsandbytes is not installed: nothing in 4 bits is measured.")
     began = time.monotonic()
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)

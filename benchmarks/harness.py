@@ -65,6 +65,8 @@ def interleave(sides: Mapping[str, Callable[[], float]], *, rounds: int, warmup:
 
 def sample(work: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float) -> dict[str, list[float]]:
     """`interleave` of `timed`, each side called as often as makes a sample last `seconds`."""
+    for each in work.values():  # the first call compiles or loads, which says nothing of how long one takes
+        each()
     repeats = {name: math.ceil(seconds / timed(each, 3)) for name, each in work.items()}
     return interleave({name: partial(timed, each, repeats[name]) for name, each in work.items()}, rounds=rounds)
 

@@ -280,10 +280,12 @@ class PeftLayer(NamedTuple):
     lora_b: nn.Parameter
 
     def noise(self, x: Tensor) -> Tensor:
-        """What its dropout will multiply x by, if torch's generator is as it is now."""
-        dropout: Any = self.module.lora_dropout
-        noise: Tensor = dropout["default"](torch.ones_like(x, dtype=self.lora_a.dtype))
-        return noise
+        """What its dropout will multiply x by, if torch's generator is as it is now. In fp32: a GPU multiplies 16-bit
+        elements by 1 / (1 - p) before it rounds them."""
+        layer: Any = self.module
+        dropout = layer.lora_dropout["default"]
+        kept: Tensor = dropout(torch.ones_like(x, dtype=self.lora_a.dtype)).ne(0)
+        return kept.float() / (1 - getattr(dropout, "p", 0.0))
 
 
 def peft_layers(

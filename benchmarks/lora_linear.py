@@ -86,13 +86,16 @@ def rehearsal() -> list[Case]:
 
 def run(options: Options) -> dict[str, Any]:
     began = time.monotonic()
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = list(options.found.get("rows", []))
     refused: list[dict[str, Any]] = []
     chosen = rehearsal() if options.quick else cases(full=options.full)
+    done = {tuple(row[field] for field in Case._fields) for row in rows}
     measured = {"rows": rows, "refused": refused, "cases": len(chosen)}
     for number, case in enumerate(chosen, 1):
+        if tuple(case) in done:
+            continue
         if time.monotonic() - began > options.seconds:
-            harness.say(f"time is up: {len(chosen) - number + 1} of {len(chosen)} cases are not measured")
+            harness.say("time is up")
             break
         harness.say(f"{number} of {len(chosen)}: {case}")
         try:
@@ -100,7 +103,7 @@ def run(options: Options) -> dict[str, Any]:
         except harness.ParityError as error:
             refused.append({**case._asdict(), "reason": str(error)})
         options.keep(measured)
-    return measured
+    return {**measured, "left": len(chosen) - len(rows) - len(refused)}
 
 
 def _measure(case: Case, *, rounds: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import pairwise
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -49,25 +49,36 @@ def run(options: Options) -> dict[str, Any]:
     base = Workload("Llama-8B", 2048, 4) if on_gpu else Workload("SmolLM2-135M", 512, 1)
     base = Workload("tiny", 64, 2) if options.quick else base
     rounds = {"tiny": 6 if options.quick else 200, base.model: 6 if options.quick else 16}
-    beside = []
-    for workload in dict.fromkeys((replace(base, model="tiny", length=64, batch=2), base)):
-        harness.say(f"trainer beside a bare loop: {workload}")
-        beside.append({"case": str(workload), **harness.summarise(_beside(workload, rounds[workload.model]), "ours")})
-    knots = []
-    for kind, in_4bit in BASES.items():
-        if options.quick and kind != "dense":
-            continue
-        workload = replace(base, in_4bit=in_4bit)
-        harness.say(f"knots, {kind}: {workload}")
-        knots.append({"case": f"{workload}, {kind}", "base": kind, **_knots(workload, kind)})
-    return {"workload": asdict(base), "trainer": beside, "knots": knots}
+    measured: dict[str, Any] = {"workload": asdict(base)}
+    measured |= {key: list(options.found.get(key, [])) for key in ("trainer", "knots")}
+    loops = list(dict.fromkeys((replace(base, model="tiny", length=64, batch=2), base)))
+    kinds = {kind: replace(base, in_4bit=in_4bit) for kind, in_4bit in BASES.items()}
+    kinds = {kind: w for kind, w in kinds.items() if w.possible and (kind == "dense" or not options.quick)}
+    left, began = 0, time.monotonic()
+
+    def measure(key: str, case: str, work: Callable[[], dict[str, Any]]) -> None:
+        nonlocal left
+        if any(row["case"] == case for row in measured[key]):
+            return
+        if time.monotonic() - began > options.seconds:
+            left += 1
+            return
+        harness.say(f"{key}: {case}")
+        measured[key].append({"case": case, **work()})
+        options.keep(measured)
+
+    for workload in loops:
+        measure("trainer", str(workload), partial(_beside, workload, rounds[workload.model]))
+    for kind, workload in kinds.items():
+        measure("knots", f"{workload}, {kind}", partial(_knots, workload, kind))
+    return {**measured, "left": left}
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
-def _beside(workload: Workload, rounds: int) -> Samples:
-    """Seconds of each step of the trainer, and of as many of the bare loop."""
+def _beside(workload: Workload, rounds: int) -> dict[str, Any]:
+    """Steps of the trainer, and as many of the bare loop."""
     samples: Samples = {"ours": [], "bare": []}
     step = trainer._Loop._step
     config = workload.config(rounds + 2)
@@ -88,7 +99,7 @@ def _beside(workload: Workload, rounds: int) -> Samples:
     with patch.object(trainer._Loop, "_step", both), patch.object(prepare, "Feed", feed):
         _train(config)
     size = min(map(len, samples.values()))
-    return {name: values[:size] for name, values in samples.items()}
+    return harness.summarise({name: values[:size] for name, values in samples.items()}, "ours")
 
 
 def _bare_step(loop: Any, batch: Batch) -> None:
@@ -141,6 +152,7 @@ def _knots(workload: Workload, kind: str) -> dict[str, Any]:
     plain = median(b - a for a, b in steps[1:STEPS])
     last = median(b - a for a, b in steps[-STEPS + 1 :])
     return {
+        "base": kind,
         "seconds": {"ours": asdict(harness.Spread.of(whole))},
         "parts": {part: median(seconds) for part, seconds in within.items()},
         "step_seconds": {"first link": plain, "last link": last},
@@ -232,5 +244,6 @@ def _knot_table(rows: list[Mapping[str, Any]]) -> str:
                 f"{step['last link'] / step['first link']:.2f}",
             ]
         )
-    header = ["", "a knot, s", *(f"{part}, s" for part in rows[0]["parts"]), "a step, s"]
+    parts = rows[0]["parts"] if rows else []
+    header = ["", "a knot, s", *(f"{part}, s" for part in parts), "a step, s"]
     return markdown([*header, "knot / 500 steps", f"step of link {LINKS} / link 1"], lines)

@@ -7,6 +7,7 @@ the real data of `cola demo`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from dataclasses import dataclass
@@ -84,6 +85,11 @@ class Workload:
         words += ["checkpointing"] * self.checkpointing + ["packed"] * self.packing
         words += [] if isinstance(self.targets, str) else [" and ".join(self.targets)]
         return ", ".join(words)
+
+    @property
+    def possible(self) -> bool:
+        """Whether what it needs is installed."""
+        return not self.in_4bit or importlib.util.find_spec("bitsandbytes") is not None
 
     def config(self, steps: int) -> Config:
         """As `cola train` takes it: one link of `steps` steps, nothing evaluated."""

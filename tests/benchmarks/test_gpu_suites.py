@@ -15,6 +15,7 @@ import cola_kernels
 from benchmarks import convergence, gpu, harness, layers, lora_linear
 from benchmarks.__main__ import main
 from benchmarks.layers import Problem
+from benchmarks.registry import UNFINISHED
 
 pytest.importorskip("peft")
 DTYPE = torch.float32
@@ -89,12 +90,34 @@ def test_cases_are_distinct_and_the_target_comes_first(full: bool) -> None:
 
 
 @pytest.mark.parametrize("suite", ["lora_linear", "kernels", "convergence"])
-def test_no_time_leaves_a_whole_file(suite: str, tmp_path: Path) -> None:
+def test_no_time_leaves_a_whole_file_that_is_gone_on_from(suite: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    assert main(["run", suite, "--quick", "--seconds", "-1", "--out", str(out)]) == 0
+    command = ["run", suite, "--quick", "--out", str(out)]
+    assert main([*command, "--seconds", "-1"]) == UNFINISHED
     written = json.loads(out.read_text())
-    assert written["complete"]
+    assert not written["complete"]
     assert not written.get("rows")
+    if suite != "kernels":  # which needs the interpreter
+        assert main(command) == 0
+        assert json.loads(out.read_text())["complete"]
+
+
+def test_what_is_measured_is_not_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither what fitted into the time, nor what was measured beside a case that was refused."""
+    out, command, calls = tmp_path / "out.json", ["run", "lora_linear", "--quick", "--out"], []
+    measure = lora_linear._measure
+
+    def failing(case: Any, **options: Any) -> dict[str, Any]:
+        calls.append(case)
+        if len(calls) == 2:
+            raise harness.ParityError("by accident")
+        return measure(case, **options)
+
+    monkeypatch.setattr(lora_linear, "_measure", failing)
+    assert main([*command, str(out)]) == 1
+    assert main([*command, str(out)]) == 0
+    assert calls == [*lora_linear.rehearsal(), lora_linear.rehearsal()[1]]
+    assert len(json.loads(out.read_text())["rows"]) == 4
 
 
 def test_partial_results_are_on_disk_while_a_suite_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
