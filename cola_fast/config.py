@@ -17,7 +17,7 @@ import yaml
 
 from . import tree
 from .errors import UserError
-from .methods import SLOTS, preset, wanted_by
+from .methods import SLOTS, preset
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,6 @@ def validate(config: Config) -> None:
         name = getattr(getattr(config, section), key)
         if name is not None:
             slot.choose(name)
-    _require(
-        not wanted_by(c.init).corrects or config.model.load_in_4bit,
-        f"chain.init is {c.init}, which corrects what quantising has lost: set model.load_in_4bit, or choose another.",
-    )
     _require(0 < c.share <= 1, f"chain.share is {c.share}, but it is a share of the blocks, above 0 and at most 1.")
     for where, share in (("chain.carry", c.carry), ("schedule.prune", s.prune), ("schedule.lr_end", s.lr_end)):
         _require(0 <= share <= 1, f"{where} is {share}, but it is a share between 0 and 1.")

@@ -28,8 +28,12 @@ from .schedule import Schedule, plan
 
 def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule, Feed]:
     """The data's order and the schedule that follows from its length."""
-    t = config.train
+    t, init = config.train, config.chain.init
     metrics.require(t.loggers)
+    if wanted_by(init).corrects and not config.model.load_in_4bit:
+        raise UserError(
+            f"chain.init is {init}, which corrects what quantising has lost: set model.load_in_4bit, or choose another."
+        )
     if not data.train:
         raise UserError("The training set is empty once the examples that do not fit have been dropped.")
     if (config.schedule.plateau or t.early_stop) and not data.eval:
