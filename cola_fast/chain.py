@@ -28,12 +28,12 @@ from .calibration import Batches, as_batches, look
 from .errors import UserError
 from .grouping import Grouping
 from .layer import PARTS, allow_repacking, forbid_repacking, wrap_all
-from .link import SealedLink, derive_seed, folder_name, summarise
+from .link import SealedLink, derive_seed, summarise
 from .methods import Pair
 from .modes import plainly
 from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of
 from .peft_format import Factors, task_type
-from .record import CHAIN_FILE, FORMAT, write_state
+from .record import CHAIN_FILE, FORMAT, binding, folder_name, write_record, write_state
 from .targets import short_targets
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Chain:
         self.open_link: OpenLink | None = None
         self.folder: Path | None = None
         self.recorded: tuple[Path, dict[str, Any]] | None = None  # chain.json as last written or read, and its folder
+        self.about: dict[str, Any] = {}  # what its maker wants kept in chain.json
         self.batches: list[Any] = []  # what an init that starts from data looks at
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self.grouping = Grouping()
@@ -303,6 +304,7 @@ class Chain:
         factors = {name: tuple(f) for name, f in self.live_factors().items()}
         index, starts = (self.open_link.index, self.open_link.starts) if self.open_link is not None else (None, {})
         state = {
+            "chain": binding(self.record(links), len(links)),
             "links": len(self.links),
             "open": index,
             "factors": factors,
@@ -415,10 +417,12 @@ class Chain:
             **asdict(self.settings),
             "modules": {name: list(shape) for name, shape in self._shapes().items()},
             "links": [{**link.record(), "base_kind": self.base.kind} for link in links],
+            "open": None if self.open_link is None or self.open_link.index != len(links) else len(links),
+            "about": self.about,
         }
 
     def _write_record(self, folder: Path, links: Sequence[SealedLink]) -> None:
         record = self.record(links)
         if (folder, record) != self.recorded:
-            store.write_file(folder / CHAIN_FILE, store.to_json(record))
+            write_record(folder, record)
             self.recorded = (folder, record)

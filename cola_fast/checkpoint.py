@@ -52,16 +52,18 @@ def restore(chain: Chain, folder: Path) -> dict[str, Any]:
             f"{folder} belongs to base model {record['base']['name']}, but this model's weights differ from it: load "
             "the untouched base first."
         )
-    changed = [key for key in expected if key not in ("base", "links") and record.get(key) != expected[key]]
+    own = ("base", "links", "open", "format", "about")  # not of how the chain was attached
+    changed = [key for key in expected if key not in own and record.get(key) != expected[key]]
     if changed:
         what = "; ".join(f"{key} was {record.get(key)!r}, is {expected[key]!r}" for key in changed[:3])
         raise UserError(f"{folder} was made by a chain attached in another way ({what}): attach it as it was.")
     sealed = [SealedLink.from_record(entry, folder) for entry in record["links"]]
     for link in sealed:
         link.detach()
-    state = load_state(folder)
+        link.require_fitting(record["modules"])
+    state = load_state(folder, record)
     if state is None or state["links"] != len(sealed):
-        raise UserError(f"{folder} is damaged (no readable state): resume from an earlier checkpoint.")
+        raise UserError(f"{folder} has no state of its last link: resume from an earlier checkpoint.")
     drop_open_link(chain)
     chain.waiting = sealed
     chain.replay(len(sealed))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from . import world
-from .errors import UserError
+from .console import Sturdy, clean, drop_output, flush, show, tell
+from .errors import Note, UserError
 
 DESCRIPTION = """\
 Fine-tune a language model with a chain of LoRA links (COLA, arXiv 2401.04151).
@@ -74,6 +77,34 @@ examples, and print GeLoRA's rank for every block (arXiv 2412.09250). Writes thr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code. What goes wrong with the user's input, files or machine is a sentence; a bug is a traceback."""
+    kept = sys.stderr, warnings.showwarning
+    sys.stderr = Sturdy(sys.stderr)  # a terminal that is gone does not end a run
+    warnings.showwarning = _show_warning
+    try:
+        code = _run(arguments)
+        flush()
+        return code
+    except world.Told:
+        return 2
+    except UserError as error:
+        return _say(str(error))
+    except PermissionError as error:
+        return _say(f"{error.filename} is closed to this user: fix its permissions, or name another.")
+    except KeyboardInterrupt:
+        return _say("stopped at once; the run folder is at its last saved state.", 130)
+    except BrokenPipeError:  # `cola eval RUN | head`: nobody reads on
+        drop_output()
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _say(f"{error.filename} could not be read or written ({error.strerror}): mend that, or name another.")
+    finally:
+        sys.stderr, warnings.showwarning = kept
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (options.command not in ("train", "demo", "ranks") or any(word.startswith("-") for word in rest)):
@@ -83,24 +114,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    try:
-        with world.joined():
-            world.lead(lambda: _require_one_process(options.command))
-            return int(options.run(options) or 0)
-    except world.Told:
-        return 2
-    except UserError as error:
-        print(f"cola: {error}", file=sys.stderr)
-        return 2
-    except PermissionError as error:
-        print(f"cola: {error.filename} is closed to this user: fix its permissions, or name another.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("cola: stopped at once; the run folder is at its last saved state.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    with world.joined():
+        world.lead(lambda: _require_one_process(options.command))
+        return int(options.run(options) or 0)
+
+
+def _say(sentence: str, code: int = 2) -> int:
+    tell(f"cola: {sentence}")
+    return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A note of ours as a line, once and not by every process."""
+    if not issubclass(category, Note):
+        print(clean(warnings.formatwarning(message, category, filename, lineno, line)), end="", file=file or sys.stderr)
+    elif world.is_main():
+        tell(f"cola: {message}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("folder", metavar="RUN")
     evaluate.add_argument("--best", action="store_true", help="also score the best checkpoint of training")
+    _trust(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print the table as JSON")
     evaluate.set_defaults(run=_eval)
 
@@ -154,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         "was evaluated; or onto the original 16-bit weights, better ones that no link has seen (default: base)",
     )
     export.add_argument("--best", action="store_true", help="export the best checkpoint instead of the last")
+    _trust(export)
     export.add_argument("--rank", type=int, metavar="R", help="cut the adapter to this rank (default: exact)")
     export.set_defaults(run=_export)
 
@@ -174,6 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="run the code that comes with the model, if the run was trained with it")  # fmt: skip
+
+
 def _require_one_process(command: str) -> None:
     if world.size() > 1 and command != "train":
         raise UserError(f"cola {command} runs in one process, but {world.size()} were started: leave out the launcher.")
@@ -191,14 +234,26 @@ def _train(options: argparse.Namespace) -> int:
 
     with world.together():
         config = load(options.config, options.overrides)
+        _require_trust(config, options)
     _quiet_libraries()
     if options.dry_run:
         from .report import dry_run
 
         if world.is_main():
-            print(dry_run(config))
+            show(dry_run(config))
         return 0
     return _run_training(config)
+
+
+def _require_trust(config: Any, options: argparse.Namespace) -> None:
+    """A run folder may be somebody else's: code that its model brings along runs if the command line says so."""
+    in_a_run = any((Path(options.config).parent / name).exists() for name in ("chain.json", "links"))
+    said = any(word.replace(" ", "").split("=")[0].endswith("trust_remote_code") for word in options.overrides)
+    if config.model.trust_remote_code and in_a_run and not said:
+        raise UserError(
+            f"{options.config} asks to run code that comes with the model {config.model.name}, which only you can "
+            "allow: if you trust it, add model.trust_remote_code=true to the command."
+        )
 
 
 def _run_training(config: Any) -> int:
@@ -208,12 +263,12 @@ def _run_training(config: Any) -> int:
         result = train(config)
     except Interrupted as stop:
         if world.is_main():
-            print(f"cola: {stop}", file=sys.stderr)
+            tell(f"cola: {stop}")
         return 130
     if not world.is_main():
         return 0
-    print(f"{result.links} links in {result.steps} steps, {result.seconds:.0f} s of training: {result.run}")
-    print(f"the plot: {result.run / 'curves.png'}    next: cola eval {result.run}")
+    show(f"{result.links} links in {result.steps} steps, {result.seconds:.0f} s of training: {result.run}")
+    show(f"the plot: {result.run / 'curves.png'}    next: cola eval {result.run}")
     return 0
 
 
@@ -223,8 +278,8 @@ def _eval(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from .report import score_run, table
 
-    rows = score_run(options.folder, best=options.best)
-    print(json.dumps(rows, indent=1) if options.json else table(rows))
+    rows = score_run(options.folder, best=options.best, trust_remote_code=options.trust_remote_code)
+    show(json.dumps(rows, indent=1) if options.json else table(rows))
     return 0
 
 
@@ -232,9 +287,11 @@ def _export(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from .report import export_run
 
-    print(
-        export_run(options.folder, options.to, out=options.out, best=options.best, onto=options.onto, rank=options.rank)
-    )
+    done = export_run(
+        options.folder, options.to, out=options.out, best=options.best, onto=options.onto, rank=options.rank,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    show(done)
     return 0
 
 
@@ -248,8 +305,8 @@ def _ranks(options: argparse.Namespace) -> int:
     found = measure(config)
     folder = options.out or f"{config.out}-ranks"
     write(found, folder)
-    print(table(found))
-    print(f"written to {folder}: ranks.yaml, ranks.json, ranks.png")
+    show(table(found))
+    show(f"written to {folder}: ranks.yaml, ranks.json, ranks.png")
     return 0
 
 
@@ -257,14 +314,14 @@ def _methods(options: argparse.Namespace) -> int:
     from .methods import METHODS
 
     for method in METHODS.values():
-        print(f"{method.name:14} {method.paper:16}  {method.summary}")
+        show(f"{method.name:14} {method.paper:16}  {method.summary}")
     return 0
 
 
 def _info(options: argparse.Namespace) -> int:
     from .report import describe
 
-    print(describe(options.folder))
+    show(describe(options.folder))
     return 0
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -90,8 +91,22 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     Raises UserError if the folder holds no chain, the model is not its base, or a file is damaged. Files are checked
     before the model is touched.
     """
-    model, folder = _bare(model), Path(folder).absolute()
+    folder = Path(folder).absolute()
     record = read_record(folder)
+    state = load_state(folder, record) if links is None else None
+    return rebuild(model, folder, record, state, links=links)
+
+
+def rebuild(
+    model: nn.Module,
+    folder: Path,
+    record: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+    *,
+    links: int | None = None,
+) -> Chain:
+    """The chain of `folder`, whose record and state have been read. See `load_chain`."""
+    model = _bare(model)
     actual = fingerprint(model)
     if actual != record["base"]["fingerprint"]:
         raise UserError(
@@ -102,15 +117,22 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     if links is not None and not 0 <= links <= len(sealed):
         raise UserError(f"{folder} has {len(sealed)} sealed links, so links={links} cannot be loaded.")
     for link in sealed:
-        link.factors()
-    state = load_state(folder) if links is None else None
+        link.require_fitting(record["modules"])
     pattern = "|".join(re.escape(name) for name in record["modules"])
     settings = Settings(**{f.name: record[f.name] for f in fields(Settings) if f.name in record})
+    settings.validate()
     modules = select_modules(model, pattern)
+    found = {name: [module.out_features, module.in_features] for name, module in modules.items()}
+    if found != record["modules"]:
+        wrong = next(name for name in record["modules"] if found.get(name) != record["modules"][name])
+        raise UserError(
+            f"{folder} has links on {wrong}, {record['modules'][wrong]}, but this model has "
+            f"{found.get(wrong, 'no such linear')} there: load the base that the chain was attached to."
+        )
     base = choose_base(record["base_kind"], record["rounding"], modules.values())
     chain = Chain(model, modules, base, settings, record["base"])
-    chain.folder = folder
-    chain.waiting, chain.recorded = sealed, (folder, record)
+    chain.folder, chain.about = folder, dict(record.get("about") or {})
+    chain.waiting, chain.recorded = sealed, (folder, dict(record))
     chain.replay(len(sealed) if links is None else links)
     if state is not None and state["open"] == len(chain.links):
         chain.reopen(state)

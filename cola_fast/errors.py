@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """Bad input. The CLI prints the sentence and exits with code 2; a traceback would mean a bug of ours."""
+
+
+class Note(UserWarning):
+    """What a user should know, and may ignore. The CLI prints the sentence."""
+
+
+def note(sentence: str) -> None:
+    warnings.warn(sentence, Note, stacklevel=3)
 
 
 def near(word: str, options: Iterable[str], count: int = 3) -> str:

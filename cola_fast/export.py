@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> Expor
 
     Raises UserError for DoRA links, unless there is just one and it is not cut.
     """
-    _refuse_existing(folder)
+    store.refuse_existing(folder)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise UserError(f"rank is {rank!r}, but an adapter's rank is a whole number, at least 1.")
     links = [link.factors() for link in chain.links]
@@ -69,7 +68,10 @@ def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> Expor
     if rank is not None:
         for name, f in factors.items():
             factors[name], errors[name] = cut_to_rank(f, rank)
-    store.write_folder(folder, peft_format.encode(factors, **chain.peft_fields(factors)))
+    with store.new_folder(folder) as part:
+        for name, data in peft_format.encode(factors, **chain.peft_fields(factors)).items():
+            with store.disk_errors(folder):
+                (part / name).write_bytes(data)
     notes = [*peft_notes(chain.model, factors), *vllm_notes(factors)]
     return ExportedAdapter(folder, max(f.rank for f in factors.values()), errors, notes)
 
@@ -84,7 +86,7 @@ def concatenate(factors: list[Factors]) -> Factors:
 def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Module | None = None) -> Path:
     """What is written is dense. Only modules of a still open link, of a ledger or of 4-bit weights are copied for it;
     the chain's model is not touched, `onto` is changed."""
-    _refuse_existing(folder)
+    store.refuse_existing(folder)
     target = chain.model if onto is None else onto
     if not hasattr(target, "save_pretrained"):
         raise UserError(
@@ -162,27 +164,13 @@ def _as_dense(model: Any) -> Iterator[None]:
 
 
 def _save_atomically(model: Any, folder: Path, state: Mapping[str, Any], tokenizer: Any) -> None:
-    temporary = folder.with_name(f".{folder.name}.part")  # not .tmp, which a run sweeps from its folder
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        with _as_dense(model):
-            model.save_pretrained(temporary, state_dict=state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
+        with store.new_folder(folder) as part:
+            with _as_dense(model):
+                model.save_pretrained(part, state_dict=state)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} could not be written ({error}): free some space or choose another folder."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _refuse_existing(folder: Path) -> None:
-    if folder == Path.cwd():  # a folder that is written appears as a whole, in place of an empty one
-        raise UserError(f"{folder} is the folder you are in: name one to be made in it.")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} already exists: choose another folder or remove it.")

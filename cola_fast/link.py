@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from cola_kernels import FoldReport
 from . import peft_format, store
 from .errors import UserError
 from .peft_format import Factors
+from .record import CHAIN_FILE, folder_name
 
 
 @dataclass
@@ -55,8 +56,25 @@ class SealedLink:
         self.contents, self.folder = self._read(), None
 
     def factors(self) -> dict[str, Factors]:
-        """Module -> factors on the CPU, checked against the hashes. Raises UserError for a damaged file."""
-        return peft_format.decode(self._read())
+        """Module -> factors on the CPU, checked against the hashes. Raises UserError for a damaged file, and for one
+        that holds other modules or ranks than the record says."""
+        factors = peft_format.decode(self._read())
+        if {name: f.rank for name, f in factors.items()} != self.ranks:
+            raise UserError(
+                f"{self.folder or folder_name(self.index)} and {CHAIN_FILE} do not agree on the modules and ranks of "
+                f"link {self.index}: restore both from one copy."
+            )
+        return factors
+
+    def require_fitting(self, modules: Mapping[str, Sequence[int]]) -> None:
+        """Raises UserError unless its files are whole and fit weights of these shapes, module -> (N, K)."""
+        for name, f in self.factors().items():
+            shape = [f.b.shape[0], f.a.shape[1]]
+            if shape != list(modules[name]):
+                raise UserError(
+                    f"{self.folder or folder_name(self.index)} holds factors of {shape} for {name}, which has "
+                    f"{list(modules[name])}: restore it from a copy."
+                )
 
     def steps(self) -> dict[str, tuple[Factors | None, Factors]]:
         """Module -> what to fold before the link is trained (taking its start out, if it has one), and after."""
@@ -95,10 +113,6 @@ def summarise(reports: Mapping[str, FoldReport]) -> dict[str, Any]:
         "error": sum(r.error for r in reports.values()) / len(reports),
         "least_retained": [worst, reports[worst].retained],
     }
-
-
-def folder_name(index: int) -> str:
-    return f"links/{index:03d}"
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:

@@ -1,18 +1,23 @@
-"""RUN/metrics.jsonl: one row a log step, an evaluation or a knot. The plot and the summary are drawn from it."""
+"""RUN/metrics.jsonl: one row a log step, an evaluation or a knot. The plot and the summary are drawn from it.
+
+A log decides nothing, so nothing in it stops a run: what cannot be read is left out, what cannot be written is said
+once.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from . import store
-from .errors import UserError
+from .errors import UserError, note
 
 FILE = "metrics.jsonl"
+EVENTS = ("train", "eval", "knot")
 
 
 class Logger(Protocol):
@@ -28,24 +33,28 @@ class JsonLines:
     """
 
     def __init__(self, run: Path, *, resume_step: int, link: int) -> None:
-        self.path = run / FILE
-        if self.path.exists():
-            kept = [
-                row
-                for row in read(run)
-                if row["step"] <= resume_step and (row["event"] != "knot" or row["link"] < link)
-            ]
-            store.write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.path, self.failed = run / FILE, False
+        kept = [r for r in read(run) if r["step"] <= resume_step and (r["event"] != "knot" or r["link"] < link)]
+        with self._told_once():
+            if self.path.exists():
+                store.write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def log(self, row: dict[str, Any]) -> None:
-        with store.disk_errors(self.path):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+        with self._told_once(), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
-        with suppress(OSError):  # a row that did not fit is still in the buffer, and has been reported
-            self.file.close()
+        pass
+
+    @contextmanager
+    def _told_once(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, UserError) as error:
+            if not self.failed:
+                reason = getattr(error, "strerror", None) or error
+                note(f"{self.path} could not be written ({reason}): the run goes on, but rows of its log are missing.")
+            self.failed = True
 
 
 class TensorBoard:
@@ -89,11 +98,27 @@ def require(names: Iterable[str]) -> None:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All rows; a last line cut short by a crash is left out."""
+    """All rows. A line that a crash has cut short is left out, and one that is no row of ours."""
+    try:
+        data = store.read_file(run / FILE)
+    except UserError:
+        return []
     rows = []
-    for line in (run / FILE).read_text(encoding="utf-8").splitlines():
+    for line in data.split(b"\n"):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if _is_row(row):
+            rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has an event, and a number wherever the plot and a resumed run look for one."""
+    if not isinstance(row, dict) or row.get("event") not in EVENTS:
+        return False
+    counts = ("step", "link")
+    numbers = [row.get(key) for key in ("loss", "accuracy", "lr") if row.get(key) is not None]
+    numbers += [row.get("loss")] if row["event"] != "knot" else []
+    return all(type(row.get(key)) is int for key in counts) and all(type(n) in (int, float) for n in numbers)

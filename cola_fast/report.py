@@ -101,18 +101,17 @@ def dry_run(config: Config) -> str:
     return "\n".join(lines)
 
 
-def score_run(folder: str | Path, *, best: bool = False) -> list[dict[str, Any]]:
+def score_run(folder: str | Path, *, best: bool = False, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Scores of the base, after each link, with the open link if there is one, and of the merged export reloaded."""
     from .best import load_best
     from .construct import load_chain
     from .data import load_data
     from .evaluate import evaluate
     from .models import context_length, load_model, load_tokenizer
-    from .record import read_record
-    from .run import load_config
+    from .run import read_run
 
     run = Path(folder)
-    record, config = read_record(run), load_config(run)
+    record, config = read_run(run, trust_remote_code=trust_remote_code)
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
     data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
     if not data.test:
@@ -178,6 +177,7 @@ def export_run(
     best: bool = False,
     onto: str = "base",
     rank: int | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Rebuild the chain on its base and export it. Returns a sentence saying what is where.
 
@@ -187,17 +187,15 @@ def export_run(
     from .best import load_best
     from .construct import load_chain
     from .models import load_model, load_tokenizer
-    from .record import read_record
-    from .run import load_config
+    from .run import read_run
+    from .store import refuse_existing
 
     run = Path(folder)
-    read_record(run)
+    _, config = read_run(run, trust_remote_code=trust_remote_code)
     if rank is not None and to != "adapter":
         raise UserError(f"--rank is for --to adapter, but --to is {to}: leave it out.")
-    config = load_config(run)
     target = Path(out) if out else run / "export" / to
-    if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"{target} already exists: choose another folder with --out, or remove it.")
+    refuse_existing(target)
     if onto == "original" and (to == "adapter" or not config.model.load_in_4bit):
         raise UserError("--onto original is for the merged export of a chain on a 4-bit base: leave it out.")
     model = load_model(config.model)
@@ -213,10 +211,11 @@ def export_run(
 
 def describe(folder: str | Path) -> str:
     """The chain, link by link, and where training stands. Reads chain.json and the state, no weights."""
-    from .record import load_state, read_record
+    from .record import newest_state, read_record
 
     run = Path(folder)
-    record, state = read_record(run), load_state(run)
+    record = read_record(run)
+    state, passed = newest_state(run, record)
     base = record["base"]
     lines = [
         f"base     {base['name']}"
@@ -239,7 +238,7 @@ def describe(folder: str | Path) -> str:
     for file in run.rglob("*"):
         with suppress(FileNotFoundError):  # a run that is being trained writes and removes files
             size += file.stat().st_size if file.is_file() else 0
-    return "\n".join([*lines, f"on disk  {_size(size)}"])
+    return "\n".join([*lines, *(f"damaged  {sentence}" for sentence in passed), f"on disk  {_size(size)}"])
 
 
 def _size(count: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,14 +18,19 @@ from . import store, tree, world
 from .config import Config, ModelConfig
 from .errors import UserError
 from .models import DTYPES, resolve_device, resolve_dtype
-from .record import CHAIN_FILE
+from .record import CHAIN_FILE, read_record
 
 CONFIG_FILE = "config.yaml"
+CONFIG_KEY = "config"  # of what chain.json keeps of a run
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Keys that may differ when a run is resumed: they do not change the links. Data is known by its content, wherever it
 # lies (the feed's digest). A model is not: the fingerprint does not see another dtype, or another config.json.
 FREE_TRAIN_KEYS = ("save_every", "log_every", "loggers", "eval_batch_size", "shard")
-FREE_KEYS = {"out", "data.train", "data.eval", "data.test", *(f"train.{key}" for key in FREE_TRAIN_KEYS)}
+FREE_DATA_KEYS = ("train", "eval", "test")
+FREE_KEYS = {"out", *(f"data.{key}" for key in FREE_DATA_KEYS), *(f"train.{key}" for key in FREE_TRAIN_KEYS)}
+# Keys that chain.json does not keep: where the model lies by now is config.yaml's to say, and whether its code may run
+# is the command line's.
+UNRECORDED_KEYS = FREE_KEYS | {"model.name", "model.trust_remote_code"}
 
 
 class Run:
@@ -57,12 +63,13 @@ class Run:
         world.lead(self._claim)
 
     def _in_use(self) -> bool:
-        if self.path.is_file():
-            raise UserError(f"out is {self.path}, but that is a file: name a folder.")
-        above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise UserError(f"out is {self.path}, but {above} is no folder that can be written in: name another.")
-        return self.path.exists() and any(self.path.iterdir())
+        with store.reading(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"out is {self.path}, but that is a file: name a folder.")
+            above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            if not (above.is_dir() and os.access(above, os.W_OK)):
+                raise UserError(f"out is {self.path}, but {above} is no folder that can be written in: name another.")
+            return self.path.exists() and any(self.path.iterdir())
 
     def _model(self) -> ModelConfig:
         model = self.config.model
@@ -73,7 +80,9 @@ class Run:
 
     def _hold(self) -> None:
         """Lock the folder, and make sure it is this configuration's."""
-        others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.exists() else []
+        with store.reading(self.path):
+            there = list(self.path.iterdir()) if self.path.exists() else []
+        others = [p.name for p in there if not p.name.startswith(".")]
         if others and not (self.path / CONFIG_FILE).exists():
             raise UserError(f"out is {self.path}, which holds other files ({others[0]}, ...): choose a new folder.")
         if others:
@@ -91,24 +100,72 @@ class Run:
             store.write_file(path, configuration.to_yaml(self.config).encode())
 
     def _require_same_config(self) -> None:
+        if (self.path / CHAIN_FILE).exists():
+            changed = _changes(read_record(self.path), self.config)
+            if changed:
+                raise _other_configuration(self.path, changed, "")
         old, new = flatten(tree.to_dict(load_config(self.path))), flatten(tree.to_dict(self.config))
         if old["model.dtype"] == "auto":  # a file of the user's own, not one that `claim` has written
             old["model.dtype"] = new["model.dtype"]
         keys = dict.fromkeys([*new, *old])  # of a mapping that is gone, only the old ones tell
-        changed = [key for key in keys if key not in FREE_KEYS and new.get(key) != old.get(key)]
+        changed = [
+            f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+            for key in keys
+            if key not in FREE_KEYS and new.get(key) != old.get(key)
+        ]
         if changed:
-            what = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:4])
             moved = " If the model has only moved, write its new name into that run's config.yaml, too."
-            raise UserError(
-                f"{self.path} belongs to a run with another configuration ({what}): choose another `out`, or give the "
-                f"configuration it was started with to resume it.{moved if changed == ['model.name'] else ''}"
-            )
+            only_name = len(changed) == 1 and changed[0].startswith("model.name ")
+            raise _other_configuration(self.path, changed, moved if only_name else "")
+
+
+def _other_configuration(run: Path, changed: list[str], hint: str) -> UserError:
+    return UserError(
+        f"{run} belongs to a run with another configuration ({'; '.join(changed[:4])}): choose another `out`, or give "
+        f"the configuration it was started with to resume it.{hint}"
+    )
+
+
+def recorded(config: Config) -> dict[str, Any]:
+    """What chain.json keeps of a configuration: every key that decides what the links are, `section.key` -> value."""
+    return {key: value for key, value in flatten(tree.to_dict(config)).items() if key not in UNRECORDED_KEYS}
+
+
+def _changes(record: Mapping[str, Any], config: Config) -> list[str]:
+    """What the configuration says otherwise than the one in the run's record. Nothing for a run of an earlier version,
+    which kept none."""
+    kept = record.get("about", {}).get(CONFIG_KEY)
+    if kept is None:
+        return []
+    now, defaults = recorded(config), recorded(Config())
+    pairs = {key: (kept.get(key, defaults.get(key)), now.get(key)) for key in dict.fromkeys([*now, *kept])}
+    return [f"{key} was {old!r}, is {new!r}" for key, (old, new) in pairs.items() if old != new]
+
+
+def read_run(run: Path, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], Config]:
+    """A run's record and its configuration, which is checked to be the one it was trained with.
+
+    trust_remote_code: that the user of this process allows it; what somebody has written into config.yaml does not.
+    """
+    record, config = read_record(run), load_config(run)
+    changed = _changes(record, config)
+    if changed:
+        raise UserError(
+            f"{run / CONFIG_FILE} is not what the run was trained with ({'; '.join(changed[:4])}): write that back."
+        )
+    if config.model.trust_remote_code and not trust_remote_code:
+        raise UserError(
+            f"{run / CONFIG_FILE} asks to run code that comes with the model {config.model.name}, which only you can "
+            "allow: if you trust it, add --trust-remote-code."
+        )
+    return record, replace(config, model=replace(config.model, trust_remote_code=trust_remote_code))
 
 
 def load_config(run: Path) -> Config:
-    """The resolved configuration a run was started with."""
-    if not (run / CONFIG_FILE).exists():
-        raise UserError(f"{run} is not a run folder: it has no {CONFIG_FILE}.")
+    """The resolved configuration in a run folder."""
+    with store.reading(run / CONFIG_FILE):
+        if not (run / CONFIG_FILE).exists():
+            raise UserError(f"{run} is not a run folder: it has no {CONFIG_FILE}.")
     return configuration.load(run / CONFIG_FILE)
 
 

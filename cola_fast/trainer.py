@@ -14,9 +14,8 @@ it: a step is `accumulation` batches of `batch_size` rows, and dropout is seeded
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import liger, metrics, plot, world
+from . import console, liger, metrics, plot, world
 from .batches import Batch, Feed, batch_loss
 from .best import save_best
 from .chain import Chain
 from .config import Config
-from .construct import attach, load_chain
+from .construct import attach, rebuild
 from .data import Data, load_data
-from .errors import UserError
+from .errors import UserError, note
 from .evaluate import Score, evaluate
 from .layout import wants_flat
 from .link import derive_seed
@@ -56,8 +55,8 @@ from .prepare import (
     rehearse,
     require_vocabulary,
 )
-from .record import load_state
-from .run import Run
+from .record import newest_state, read_record
+from .run import CONFIG_KEY, Run, recorded
 from .schedule import Schedule
 from .sharding import shard
 from .signals import collected_signals
@@ -116,8 +115,14 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 shard(model, device)
             check_batches(config, model, data)
             resuming = run.started
+            state = None
             if resuming:
-                chain = load_chain(model, run.path)
+                record = read_record(run.path)
+                state, passed = newest_state(run.path, record)
+                at = _require_position(record, state, run.path)
+                if passed:
+                    note(f"{passed[0]} Going on from step {at.step}: the links will be the same.")
+                chain = rebuild(model, run.path, record, state)
             else:
                 c = config.chain
                 pattern = choose_ranks(config, model, data, 0) or c.rank_pattern
@@ -131,8 +136,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 chain.ranks(span.rank)
             if chain.open_link is not None:
                 rehearse(chain, config)
-            state = load_state(run.path) if resuming else None
-            _require_position(chain, state, run.path)
+            chain.about = {CONFIG_KEY: recorded(config)}
             obstacle = liger.obstacle(model) if config.train.use_liger else None
             use_liger = config.train.use_liger and not obstacle
             loss = liger.summed_loss if use_liger else _summed_loss
@@ -143,24 +147,33 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 f"Another process has started {run.path} meanwhile: run the same command again to resume it."
             )
         if not quiet:
-            for note in data.notes:
-                print(f"data: {note}", file=sys.stderr)
+            for line in data.notes:
+                console.tell(f"data: {line}")
         if obstacle and not quiet:
-            print(f"liger-kernel is off: {obstacle}", file=sys.stderr)
+            console.tell(f"liger-kernel is off: {obstacle}")
         with liger.kernels(model) if use_liger else nullcontext():
             return loop.run()
 
 
-def _require_position(chain: Chain, state: dict[str, Any] | None, run: Path) -> None:
-    """A state from which the sealed links would not be gone on from, but trained again, is none to resume from."""
-    position = Position(**state["extra"]["position"]) if state is not None and state["extra"] else Position()
-    sealed = len(chain.links)
+def _require_position(record: Mapping[str, Any], state: Mapping[str, Any] | None, run: Path) -> Position:
+    """Where a state goes on. Refuses one that would train sealed links again."""
+    position = _position(state, run) if state is not None and state["extra"] else Position()
+    sealed = len(record["links"])
     if sealed != position.link and not (sealed == position.link + 1 and position.knot_due):
         found = "no readable state" if state is None else f"the newest readable state is of link {position.link + 1}"
         raise UserError(
             f"{run} has {sealed} sealed links, but {found} (files in state/ are missing or damaged): restore them from "
-            "a copy, or set `out` to a new folder to train anew. The links are whole: `cola export` can use them."
+            "a copy, or set `out` to a new folder to train anew. The links are whole: load_chain(model, folder, "
+            f"links={sealed}) brings them back."
         )
+    return position
+
+
+def _position(state: Mapping[str, Any], run: Path) -> Position:
+    try:
+        return Position(**state["extra"]["position"])
+    except (KeyError, TypeError):
+        raise UserError(f"The states in {run / 'state'} are not of `cola train`: set `out` to a new folder.") from None
 
 
 def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -185,6 +198,7 @@ class _Loop:
         self.data, self.schedule, self.feed, self.quiet = data, schedule, feed, quiet
         self.summed_loss = summed_loss
         self.device = next(model.parameters()).device
+        self.stderr = console.errors()
         self.at = Position()
         self.resumed = state is not None
         self.score: Score | None = None
@@ -197,7 +211,7 @@ class _Loop:
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at: reading one waits for the GPU
         self.unlogged: list[float] = []  # losses of the steps since the last row of metrics
         if state is not None and state["extra"]:
-            self._restore(state["extra"])
+            self._restore(state["extra"], _position(state, run))
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
         model.train()
@@ -215,7 +229,11 @@ class _Loop:
                 self.loggers = [metrics.JsonLines(self.path, resume_step=step, link=self.at.link)]
                 self.loggers += [metrics.LOGGERS[name](self.path) for name in self.config.train.loggers]
         self.bar = tqdm(
-            total=self.schedule.total, initial=self.at.step, unit="step", disable=True if self.quiet else None
+            total=self.schedule.total,
+            initial=self.at.step,
+            unit="step",
+            disable=True if self.quiet else None,
+            file=self.stderr,
         )
         with collected_signals() as self.signals:
             try:
@@ -369,8 +387,8 @@ class _Loop:
         }
         self.chain.save(self.path, extra)
 
-    def _restore(self, extra: dict[str, Any]) -> None:
-        self.at = Position(**extra["position"])
+    def _restore(self, extra: dict[str, Any], at: Position) -> None:
+        self.at = at
         self.unlogged = extra.get("unlogged", [])
         self.feed.load_state_dict(extra["feed"])
         self.optimizer_state = extra["optimizer"]["state"]
@@ -420,10 +438,14 @@ class _Loop:
             logger.log(row)
 
     def _draw(self) -> None:
-        if world.is_main():
+        if not world.is_main():
+            return
+        try:
             plot.draw(self.path)
+        except Exception as error:  # a picture must not stop a run
+            self._say(f"the plot was not drawn: {error}")
 
     def _say(self, line: str) -> None:
         self.said_at = time.perf_counter()
         if not self.quiet:
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(console.clean(line), file=self.stderr)

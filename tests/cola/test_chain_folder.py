@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_fast import UserError, attach, load_chain
+from cola_fast import UserError, attach, load_chain, store
+from cola_fast.errors import Note
 from cola_fast.layer import LoRALinear
 from cola_kernels import merge_
 
@@ -87,22 +92,127 @@ def test_an_earlier_point_can_be_looked_at_but_not_written(saved: Path, ids: Ten
     assert snapshot(saved) == before
 
 
-def test_a_damaged_state_falls_back_to_the_one_before(saved: Path) -> None:
-    newest = sorted((saved / "state").glob("*.pt"))[-1]
-    older = newest.with_name("00000000.pt")
-    chain = load_chain(tiny_llama(), saved)
-    chain.save(saved)  # now two states of link 2
-    newest = sorted((saved / "state").glob("*.pt"))[-1]
-    assert newest.name != older.name
-    newest.write_bytes(newest.read_bytes()[:100])
-    assert load_chain(tiny_llama(), saved).open_link is not None
+@pytest.mark.parametrize("how", ["flip", "cut", "renamed", "removed"])
+def test_a_state_that_is_damaged_is_not_replaced_in_silence(saved: Path, how: str) -> None:
+    """The one before it holds the open link as it was earlier."""
+    load_chain(tiny_llama(), saved).save(saved)  # now two states of link 2
+    newest = sorted((saved / "state").iterdir())[-1]
+    data = newest.read_bytes()
+    if how == "flip":
+        newest.write_bytes(data[:2000] + bytes([data[2000] ^ 4]) + data[2001:])
+    elif how == "cut":
+        newest.write_bytes(data[:100])
+    elif how == "renamed":
+        newest.rename(newest.with_name(f"00000009-{'0' * 16}.pt"))
+    else:
+        shutil.rmtree(saved / "state")
+    with pytest.raises(UserError, match=r"(is damaged|holds no state).* The open link was in it: restore it"):
+        load_chain(tiny_llama(), saved)
+    assert load_chain(tiny_llama(), saved, links=2).open_link is None
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"alpha": 32}, {"dropout": 0.1}, {"r": 3}])
+def test_a_state_of_another_chain_is_refused(saved: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    other = attach(tiny_llama(), **{"r": 2, **changes})
+    other.save(tmp_path / "other")
+    for _ in range(2):
+        disturb(other)
+        other.tie()
+        other.extend()
+    other.save(tmp_path / "other")
+    shutil.rmtree(saved / "state")
+    shutil.copytree(tmp_path / "other" / "state", saved / "state")
+    with pytest.raises(UserError, match=r"state/\S+ belongs to another chain\. The open link was in it"):
+        load_chain(tiny_llama(), saved)
 
 
 def test_only_two_states_are_kept(model: nn.Module, tmp_path: Path) -> None:
     chain = attach(model)
     for _ in range(5):
         chain.save(tmp_path)
-    assert [p.name for p in sorted((tmp_path / "state").iterdir())] == ["00000003.pt", "00000004.pt"]
+    assert [p.name[:9] for p in sorted((tmp_path / "state").iterdir())] == ["00000003-", "00000004-"]
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "another dropout": lambda r: r.update(dropout=0.5),
+    "another alpha": lambda r: r.update(alpha=1.0),
+    "another seed": lambda r: r.update(seed=7),
+    "no links": lambda r: r.update(links=[]),
+    "a link twice": lambda r: r["links"].append(r["links"][1]),
+    "links in another order": lambda r: r["links"].reverse(),
+    "a module's name": lambda r: r["modules"].update({"model.layers.1.self_attn.w_proj": r["modules"].popitem()[1]}),
+    "what a fold kept": lambda r: r["links"][0]["fold"].update(retained=0.5),
+    "no checksum": lambda r: r.pop("sha256"),
+    "another format": lambda r: r.update(format=1),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_record_that_was_changed_is_refused(saved: Path, edit: str) -> None:
+    path = saved / "chain.json"
+    record = json.loads(path.read_text())
+    EDITS[edit](record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"chain.json (is not what was written|has lost its checksum)"):
+        load_chain(tiny_llama(), saved)
+
+
+RESEALED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a link twice": (lambda r: r["links"].append(r["links"][1]), "link 2: its index is 1"),
+    "a module of no link": (
+        lambda r: r["modules"].pop("model.layers.0.self_attn.q_proj"),
+        "modules that the chain has",
+    ),
+    "a folder elsewhere": (lambda r: r["links"][0].update(folder="../../elsewhere"), "its folder is"),
+    "a file elsewhere": (lambda r: r["links"][0].update(sha256={"../x": "0" * 64}), "sha256 does not name"),
+    "links as a mapping": (lambda r: r.update(links={}), "links is no list"),
+    "a rank as text": (lambda r: r.update(r="2"), "r is no rank"),
+    "an infinite alpha": (lambda r: r.update(alpha=float("inf")), "alpha is no number"),
+    "an unknown init": (lambda r: r.update(init="magic", open=None), "magic"),
+    "an open link too far": (lambda r: r.update(open=7), "link 7 is said to be open"),
+    "other ranks": (
+        lambda r: r["links"][0]["ranks"].update({"model.layers.0.self_attn.q_proj": 1}),
+        "do not agree on the modules and ranks of link 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", RESEALED)
+def test_a_record_that_no_chain_has_is_refused(saved: Path, edit: str) -> None:
+    """Its checksum is right: somebody has made it."""
+    path = saved / "chain.json"
+    record = store.read_sealed(path)[0]
+    change, sentence = RESEALED[edit]
+    change(record)
+    store.write_sealed(path, record)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load_chain(tiny_llama(), saved)
+
+
+def test_a_folder_of_an_earlier_version_is_read_with_a_note(saved: Path, ids: Tensor) -> None:
+    """Format 1 had no checksums."""
+    model = tiny_llama()
+    load_chain(model, saved)
+    record = store.read_sealed(saved / "chain.json")[0]
+    for key in ("open", "about"):
+        del record[key]
+    (saved / "chain.json").write_text(json.dumps({**record, "format": 1}))
+    for number, path in enumerate(sorted((saved / "state").iterdir())):
+        state = torch.load(path)
+        del state["chain"]
+        path.unlink()
+        torch.save(state, saved / "state" / f"{number:08d}.pt")
+    old = tiny_llama()
+    with pytest.warns(Note) as notes:
+        chain = load_chain(old, saved)
+    said = sorted(str(n.message) for n in notes)
+    assert [("chain.json" in said[0], ".pt" in said[1]), len(said)] == [(True, True), 2]
+    assert torch.equal(logits(old, ids), logits(model, ids))
+    chain.save(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = load_chain(tiny_llama(), saved)
+    assert len(again.links) == 2
 
 
 def test_another_chain_in_the_folder_is_refused(saved: Path) -> None:

@@ -17,6 +17,7 @@ from cola_fast.layer import LoRALinear
 from cola_fast.methods import GRADIENT, INIT, STATE, Pair, Site
 from cola_fast.optimizer import load_state, make_optimizer, set_lr
 from cola_fast.record import load_state as saved_state
+from cola_fast.record import read_record
 
 from ..conftest import tiny_llama
 from .test_methods import chain_of, configured, pretend_to_train
@@ -191,7 +192,7 @@ def test_relora_in_a_run(config_file: Callable[..., str], raw_config: dict[str, 
     curve = [0.02 * (1 + math.cos(math.pi * t / 12)) / 2 for t in range(12)]
     climb = [1, 1, 1] + 3 * [1 / 3, 2 / 3, 1]
     assert rates == pytest.approx([a * b for a, b in zip(curve, climb, strict=True)])
-    state = saved_state(tmp_path / "run")
+    state = saved_state(tmp_path / "run", read_record(tmp_path / "run"))
     assert state is not None
     for entry in state["extra"]["optimizer"]["state"].values():  # of the last link, pruned at its tie
         assert int((entry["exp_avg"] == 0).sum()) >= round(0.9 * entry["exp_avg"].numel())

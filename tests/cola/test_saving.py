@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 from torch import nn
 
 from cola_fast import Chain, UserError, attach, load_chain, store, trainer
-from cola_fast.record import load_state, read_record, state_files
+from cola_fast.best import load_best, save_best
+from cola_fast.errors import Note
+from cola_fast.record import newest_state, read_record, state_files
 
 from ..conftest import disturb, snapshot, tiny_llama
 from .test_trainer import hashes, rows, train
@@ -95,7 +99,7 @@ def test_a_tie_counts_once_its_link_is_folded(
     disturb(chain)
     records = []
     with monkeypatch.context() as patch:
-        refuse(patch, lambda path: path.name == ".chain.json.tmp" and len(records.append(path) or records) > 1)
+        refuse(patch, lambda path: path.name.startswith(".chain.json.") and len(records.append(path) or records) > 1)
         chain.tie()
     assert read_record(tmp_path)["links"][1]["fold"] == {}
     chain.extend()
@@ -103,22 +107,54 @@ def test_a_tie_counts_once_its_link_is_folded(
     assert read_record(tmp_path)["links"][1]["fold"]["retained"] > 0.99
 
 
-def test_a_replaced_folder_is_there_before_or_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between the two renames: what was there comes back."""
-    store.write_folder(tmp_path / "best", {"a": b"old"})
-    rename = store.os.rename
+def test_a_best_checkpoint_is_replaced_at_once(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any of its operations, the folder holds the best checkpoint from before or the new one, whole; also
+    where it has been moved to another disk, behind a link."""
+    chain = with_a_link(model)
+    chain.save(tmp_path / "run")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run" / "best").symlink_to(tmp_path / "disk")
+    kinds = ("_write_synced", "_sync_folder", "remove", "os.replace", "os.rename")
+    for number in itertools.count():
+        disturb(chain, seed=2 * number)
+        save_best(chain, tmp_path / "run", step=1, loss=2.0)
+        disturb(chain, seed=2 * number + 1)
+        with monkeypatch.context() as patch:
+            calls = itertools.count()
+            for kind in kinds:
+                patch.setattr(f"cola_fast.store.{kind}", dying(attribute(store, kind), number, calls))
+            try:
+                save_best(chain, tmp_path / "run", step=2, loss=1.0)
+                break
+            except KeyboardInterrupt:
+                pass
+        found = load_best(tiny_llama(), tmp_path / "run").open_factors()
+        steps = json.loads((tmp_path / "disk" / "best.json").read_text())["step"]
+        assert steps in (1, 2)
+        if steps == 2:
+            assert all(torch.equal(found[name].b, f.b) for name, f in chain.open_factors().items())
+        store.sweep(tmp_path / "disk")
+        save_best(chain, tmp_path / "run", step=2, loss=1.0)
+        assert len(list((tmp_path / "disk").iterdir())) == 2
+    assert number > 5
+    assert (tmp_path / "run" / "best").is_symlink()
 
-    def killed(source: Path, target: Path) -> None:
-        if target.name == "best":
+
+def attribute(owner: Any, path: str) -> Any:
+    for name in path.split("."):
+        owner = getattr(owner, name)
+    return owner
+
+
+def dying(function: Callable[..., Any], at: int, calls: Iterator[int]) -> Callable[..., Any]:
+    def call(*args: Any, **keys: Any) -> Any:
+        if next(calls) == at:
             raise KeyboardInterrupt
-        rename(source, target)
+        return function(*args, **keys)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(store.os, "rename", killed)
-        with pytest.raises(KeyboardInterrupt):
-            store.write_folder(tmp_path / "best", {"a": b"new"})
-    store.sweep(tmp_path)
-    assert [(path.name, (path / "a").read_bytes()) for path in tmp_path.iterdir()] == [("best", b"old")]
+    return call
 
 
 # --- states that are lost ---------------------------------------------------------------------------------------------
@@ -153,8 +189,9 @@ def test_a_state_of_an_earlier_link_is_not_gone_on_from(
     newest = state_files(run)[-1]
     whole = newest.read_bytes()
     newest.write_bytes(whole[:100])
-    state = load_state(run)
+    state, passed = newest_state(run, read_record(run))
     assert state is not None
+    assert str(newest) in passed[0]
     assert not state["extra"]["position"]["knot_due"]
     with pytest.raises(UserError, match=r"has 1 sealed links, but the newest readable state is of link 1 "):
         train(path)
@@ -202,11 +239,13 @@ def test_rows_of_a_run_that_had_not_begun_are_dropped(
     assert steps == sorted(set(steps))
 
 
-def test_a_full_disk_while_logging(tmp_path: Path) -> None:
-    """A device on which every write fails, in place of the file."""
-    logger = trainer.metrics.JsonLines(tmp_path, resume_step=-1, link=0)
-    logger.close()
-    logger.file = open("/dev/full", "w")  # noqa: SIM115 (the logger closes it)
-    with pytest.raises(UserError, match=r"metrics.jsonl could not be written \(No space left on device\)"):
-        logger.log({"step": 1})
-    logger.close()
+def test_a_log_that_cannot_be_written_does_not_stop_a_run(config_file: Callable[..., str], tmp_path: Path) -> None:
+    """There is a folder in place of the file; that is said once, not with every row."""
+    path = config_file()
+    train(path, f"out={tmp_path / 'whole'}")
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / "config.yaml", tmp_path / "run" / "config.yaml")
+    with pytest.warns(Note, match=r"metrics.jsonl could not be written \(Is a directory\)") as said:
+        train(path)
+    assert len([w for w in said if "metrics.jsonl" in str(w.message)]) == 1
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")

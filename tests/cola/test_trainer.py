@@ -22,7 +22,7 @@ from cola_fast import UserError, config, metrics, store, trainer
 from cola_fast.best import load_best
 from cola_fast.construct import load_chain
 from cola_fast.models import load_model
-from cola_fast.record import load_state
+from cola_fast.record import load_state, read_record
 from cola_fast.report import dry_run
 
 from ..conftest import snapshot
@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(trainer, "batch_loss", poisoned)
     with pytest.raises(UserError, match=r"The loss became nan at step 8: .* keeps its last good state"):
         train(path)
-    state = load_state(tmp_path / "run")
+    state = load_state(tmp_path / "run", read_record(tmp_path / "run"))
     assert state is not None
     assert state["extra"]["position"]["step"] == 6
     assert all(torch.isfinite(t).all() for f in state["factors"].values() for t in f[:2])
