@@ -287,7 +287,7 @@ class Chain:
         """
         self._require_layers()
         self._require_complete()
-        folder = Path(folder).absolute()  # later ties go there, wherever the process has moved to
+        folder = store.given_path(folder).absolute()  # later ties go there, wherever the process has moved to
         world.lead(lambda: self._write(folder, extra))
         self.folder = folder  # on every rank
 
@@ -320,13 +320,13 @@ class Chain:
         """Fold the PEFT LoRA adapter in `folder` as the next sealed link, see `cola_fast.adapters.import_adapter`."""
         from .adapters import import_adapter
 
-        return import_adapter(self, Path(folder))
+        return import_adapter(self, store.given_path(folder))
 
     def export_adapter(self, folder: str | Path, rank: int | None = None) -> ExportedAdapter:
         """The whole chain as one PEFT adapter on the untouched base: exact, of the summed rank, or cut to `rank`."""
         from .export import export_adapter
 
-        return export_adapter(self, Path(folder).absolute(), rank)
+        return export_adapter(self, store.given_path(folder).absolute(), rank)
 
     def export_merged(self, folder: str | Path, tokenizer: Any = None, *, onto: nn.Module | None = None) -> Path:
         """The model with every link in its weights, as a plain transformers checkpoint (safetensors), never quantised.
@@ -337,7 +337,7 @@ class Chain:
         from .export import export_merged
 
         self._require_folded()
-        return export_merged(self, Path(folder).absolute(), tokenizer, onto)
+        return export_merged(self, store.given_path(folder).absolute(), tokenizer, onto)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from . import world
@@ -247,7 +246,9 @@ def _train(options: argparse.Namespace) -> int:
 
 def _require_trust(config: Any, options: argparse.Namespace) -> None:
     """A run folder may be somebody else's: code that its model brings along runs if the command line says so."""
-    in_a_run = any((Path(options.config).parent / name).exists() for name in ("chain.json", "links"))
+    from .store import given_path
+
+    in_a_run = any((given_path(options.config).parent / name).exists() for name in ("chain.json", "links"))
     said = any(word.replace(" ", "").split("=")[0].endswith("trust_remote_code") for word in options.overrides)
     if config.model.trust_remote_code and in_a_run and not said:
         raise UserError(

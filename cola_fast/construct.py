@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from . import store
 from .bases import choose_base
 from .calibration import Batches
 from .chain import Chain
@@ -91,7 +92,7 @@ def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None
     Raises UserError if the folder holds no chain, the model is not its base, or a file is damaged. Files are checked
     before the model is touched.
     """
-    folder = Path(folder).absolute()
+    folder = store.given_path(folder).absolute()
     record = read_record(folder)
     state = load_state(folder, record) if links is None else None
     return rebuild(model, folder, record, state, links=links)

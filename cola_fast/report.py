@@ -109,8 +109,9 @@ def score_run(folder: str | Path, *, best: bool = False, trust_remote_code: bool
     from .evaluate import evaluate
     from .models import context_length, load_model, load_tokenizer
     from .run import read_run
+    from .store import given_path
 
-    run = Path(folder)
+    run = given_path(folder)
     record, config = read_run(run, trust_remote_code=trust_remote_code)
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
     data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
@@ -188,13 +189,13 @@ def export_run(
     from .construct import load_chain
     from .models import load_model, load_tokenizer
     from .run import read_run
-    from .store import refuse_existing
+    from .store import given_path, refuse_existing
 
-    run = Path(folder)
+    run = given_path(folder)
     _, config = read_run(run, trust_remote_code=trust_remote_code)
     if rank is not None and to != "adapter":
         raise UserError(f"--rank is for --to adapter, but --to is {to}: leave it out.")
-    target = Path(out) if out else run / "export" / to
+    target = given_path(out) if out else run / "export" / to
     refuse_existing(target)
     if onto == "original" and (to == "adapter" or not config.model.load_in_4bit):
         raise UserError("--onto original is for the merged export of a chain on a 4-bit base: leave it out.")
@@ -212,8 +213,9 @@ def export_run(
 def describe(folder: str | Path) -> str:
     """The chain, link by link, and where training stands. Reads chain.json and the state, no weights."""
     from .record import newest_state, read_record
+    from .store import given_path
 
-    run = Path(folder)
+    run = given_path(folder)
     record = read_record(run)
     state, passed = newest_state(run, record)
     base = record["base"]

@@ -40,7 +40,7 @@ class Run:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config, self.path = config, Path(config.out)
+        self.config, self.path = config, store.given_path(config.out)
         self._held = contextlib.ExitStack()
         self._holding = False
 

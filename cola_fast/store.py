@@ -138,7 +138,17 @@ def save_tensors(folder: Path, number: int, value: Any) -> Path:
     return path
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- paths and reading ------------------------------------------------------------------------------------------------
+
+
+def given_path(path: str | Path) -> Path:
+    """A path that somebody has given, `~` as a shell reads it. Raises UserError for one that no file can have."""
+    found = Path(os.path.expanduser(path))
+    with reading(found), suppress(FileNotFoundError, NotADirectoryError):
+        found.lstat()
+    if str(path).startswith("~") and str(found).startswith("~"):
+        raise UserError(f"{path} names the home of a user that is not here: write the whole path.")
+    return found
 
 
 def read_file(path: Path) -> bytes:

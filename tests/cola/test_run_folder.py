@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from torch import nn
 
@@ -205,13 +204,14 @@ HOSTILE_PATHS = {
     "surrogate": "\udcff\ud800",
     "a file": __file__,
     "/dev/null": "/dev/null",
+    "nobody's home": "~nobody_at_all/run",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE_PATHS)
 def test_paths_that_no_folder_has(name: str, run: Path, config_file: Callable[..., str], tmp_path: Path) -> None:
     path = HOSTILE_PATHS[name]
-    chain = load_chain(tiny_llama(), run) if False else attach(tiny_llama(), r=1)
+    chain = attach(tiny_llama(), r=1)
     actions: list[Callable[[], Any]] = [
         lambda: report.describe(path),
         lambda: report.score_run(path),
@@ -227,4 +227,3 @@ def test_paths_that_no_folder_has(name: str, run: Path, config_file: Callable[..
         with pytest.raises(UserError):
             action()
     assert snapshot(tmp_path / "run") == before
-    assert torch.is_tensor(next(iter(chain.parameters())))
