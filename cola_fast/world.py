@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+MEETING = timedelta(minutes=1)  # for all processes to come together: a launcher starts them at the same time
 PATIENCE = timedelta(hours=1)  # for a rank 0 that prepares data; a process that has died is noticed at once
 
 _rank, _size = 0, 1
@@ -33,6 +34,8 @@ def joined() -> Iterator[None]:
     """Be one of the processes that a launcher has started; nothing happens without one, or inside another `joined`.
 
     The launcher's environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) is read here and in `device`.
+
+    Raises UserError if the processes do not come together within a minute, or if one of them dies.
     """
     global _rank, _size
     if _size > 1 or int(os.environ.get("WORLD_SIZE", 1)) < 2:
@@ -45,22 +48,52 @@ def joined() -> Iterator[None]:
     if ours:
         if torch.cuda.is_available():
             torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=PATIENCE)
-        except ValueError as error:
-            raise UserError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, as a launcher of processes sets it, but the rest of "
-                f"what it sets is missing ({error}): start them with torchrun, or unset WORLD_SIZE."
-            ) from None
+        _meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     _rank, _size = dist.get_rank(), dist.get_world_size()
     try:
         yield
         dist.barrier()  # who goes first closes connections that others may still be using
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise UserError(
+            "Another process of this run has ended, and this one cannot go on alone: see what that one said, and start "
+            "all of them again; they go on from the last saved state."
+        ) from error
     finally:
         _rank, _size = 0, 1
         if ours:
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+    from torch.distributed.rendezvous import rendezvous
+
+    count = os.environ["WORLD_SIZE"]
+    try:
+        store, number, size = next(rendezvous("env://", timeout=MEETING))
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=MEETING)
+    except ValueError as error:
+        raise UserError(
+            f"WORLD_SIZE is {count}, as a launcher of processes sets it, but the rest of "
+            f"what it sets is missing ({error}): start them with torchrun, or unset WORLD_SIZE."
+        ) from None
+    except RuntimeError as error:  # of another kind where a port is taken, nobody listens, or one has died on the way
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"The {count} processes of this run did not come together at {place} within {MEETING.seconds} s "
+            f"({str(error).splitlines()[0]}): see what the others said, or choose another port, and start all again."
+        ) from error
+    _set_pg_timeout(PATIENCE, dist.group.WORLD)
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Whether it is a process that the others have lost. Gloo has no kind of error of its own."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def rank() -> int:

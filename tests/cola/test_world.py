@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,3 +222,50 @@ def test_only_training_takes_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None
     as_one_of(2, monkeypatch)
     with pytest.raises(UserError, match="cola export runs in one process, but 2 were started"):
         cli._require_one_process("export")
+
+
+ALONE = """
+import os, sys
+from datetime import timedelta
+from cola_fast import cli, world
+world.MEETING = timedelta(seconds=2)
+if "dies" in sys.argv:
+    from torch.distributed.rendezvous import rendezvous
+    next(rendezvous("env://", timeout=world.MEETING))
+    os._exit(1)
+sys.exit(cli.main(["train", "no-such.yaml"]))
+"""
+
+
+def started(rank: int, port: int, *words: str) -> subprocess.Popen[str]:
+    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    command = [sys.executable, "-c", ALONE, *words]
+    return subprocess.Popen(command, env={**os.environ, **launch}, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("case", ["nobody came", "nobody listens", "died on the way", "a port in use"])
+def test_a_process_does_not_wait_for_one_that_never_comes(case: str) -> None:
+    """Within the time in which processes have to come together: a minute, here two seconds."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        if case == "a port in use":
+            taken.listen()
+        else:
+            taken.close()
+        other = started(1, port, "dies") if case == "died on the way" else None
+        with started(1 if case == "nobody listens" else 0, port) as process:
+            said = process.communicate(timeout=120)[1]
+        if other is not None:
+            other.communicate()
+    assert process.returncode == 2, said
+    sentence = rf"cola: The 2 processes of this run did not come together at 127\.0\.0\.1:{port} within 2 s \(.+\): see"
+    assert re.search(sentence, said), said
+    assert "Traceback" not in said
+
+
+def test_a_process_that_is_lost_is_told_in_a_sentence(runs: Runs) -> None:
+    answer = runs("lost", **TWO, rank=1, kill_at_operation=1)
+    assert answer["killed"]
+    assert answer["codes"][0] == 2
+    assert answer["refusals"][0].startswith("Another process of this run has ended, and this one cannot go on alone")
