@@ -91,13 +91,13 @@ def dry_run(config: Config) -> str:
         place = f"link {span.index + 1} of {len(schedule.spans)}"
         lines.append(f"  {place}   steps {step + 1} to {step + span.steps}, rank {span.rank}")
         step += span.steps
-    lines.append(f"memory     weights {_size(need.weights)}, link with optimizer {_size(need.link)}")
+    lines.append(f"memory     weights {size_of(need.weights)}, link with optimizer {size_of(need.link)}")
     if need.step is None:
         lines.append(f"           a step: not estimated, this model cannot be run without data ({need.obstacle})")
     else:
         shape = " x ".join(map(str, plan.batch.input_ids.shape))
-        lines.append(f"           a step {_size(need.step)} at its highest ({shape} tokens, the longest batch)")
-        lines.append(f"           together about {_size(need.peak or 0)}, and what libraries hold beside tensors")
+        lines.append(f"           a step {size_of(need.step)} at its highest ({shape} tokens, the longest batch)")
+        lines.append(f"           together about {size_of(need.peak or 0)}, and what libraries hold beside tensors")
     return "\n".join(lines)
 
 
@@ -240,8 +240,8 @@ def describe(folder: str | Path) -> str:
     for file in run.rglob("*"):
         with suppress(FileNotFoundError):  # a run that is being trained writes and removes files
             size += file.stat().st_size if file.is_file() else 0
-    return "\n".join([*lines, *(f"damaged  {sentence}" for sentence in passed), f"on disk  {_size(size)}"])
+    return "\n".join([*lines, *(f"damaged  {sentence}" for sentence in passed), f"on disk  {size_of(size)}"])
 
 
-def _size(count: int) -> str:
+def size_of(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

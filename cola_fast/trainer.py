@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import console, liger, metrics, plot, world
+from . import console, liger, metrics, plot, shortage, world
 from .batches import Batch, Feed, batch_loss
 from .best import save_best
 from .chain import Chain
@@ -151,7 +151,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 console.tell(f"data: {line}")
         if obstacle and not quiet:
             console.tell(f"liger-kernel is off: {obstacle}")
-        with liger.kernels(model) if use_liger else nullcontext():
+        with liger.kernels(model) if use_liger else nullcontext(), shortage.told(config):
             return loop.run()
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
-from cola_fast import UserError, attach, cli, load_chain, metrics, report, store
+from cola_fast import UserError, attach, cli, config, load_chain, metrics, report, shortage, store, trainer
 from cola_fast.record import state_files
 
 from ..conftest import disturb, snapshot, tiny_llama
@@ -96,6 +97,30 @@ def test_a_run_goes_on_from_the_state_before_a_damaged_one(
     assert "The open link was in it" in capsys.readouterr().err
     assert cli.main(["train", path]) == 0
     assert f"{newest} is damaged (its checksum differs). Going on from step 2" in capsys.readouterr().err
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
+
+
+def test_memory_that_runs_out_in_a_step(
+    config_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator refuses in step 3. The memory model knows what would fit; the run goes on when there is more."""
+    path = config_file(schedule__links=1, schedule__steps=4, train__batch_size=12, train__save_every=1)
+    plans = {rows: report.plan_run(config.load(path, [f"train.batch_size={rows}"])).need for rows in (12, 6, 3, 2)}
+    monkeypatch.setattr(shortage, "available", lambda device: int(plans[3].peak / shortage.SAFE) + 1)
+    calls: list[int] = []
+
+    def refused(model: nn.Module, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        return torch.empty(2**60) if len(calls) == 3 else summed(model, batch)
+
+    summed = trainer._summed_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_summed_loss", refused)
+        sentence = r"Memory ran out with train.batch_size 12: train.batch_size=3 train.accumulation=4 needs about"
+        with pytest.raises(UserError, match=sentence):
+            train(path)
+    assert train(path).steps == 4
+    train(path, f"out={tmp_path / 'whole'}")
     assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
 
 
