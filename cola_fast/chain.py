@@ -56,6 +56,7 @@ class Chain:
         self.open_link: OpenLink | None = None
         self.folder: Path | None = None
         self.recorded: tuple[Path, dict[str, Any]] | None = None  # chain.json as last written or read, and its folder
+        self.state: str | None = None  # the name of the newest state on disk
         self.about: dict[str, Any] = {}  # what its maker wants kept in chain.json
         self.batches: list[Any] = []  # what an init that starts from data looks at
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
@@ -292,7 +293,8 @@ class Chain:
         self.folder = folder  # on every rank
 
     def _write(self, folder: Path, extra: Mapping[str, Any] | None) -> None:
-        """chain.json last: with it the folder holds a chain. The chain moves there once all of it has been written."""
+        """chain.json last: with it the folder holds a chain, and it names the state. The chain moves there once all of
+        it has been written."""
         links = self.links
         if self.folder != folder:
             if (folder / CHAIN_FILE).exists():
@@ -312,7 +314,7 @@ class Chain:
             "groups": self.grouping.state(self.layers),
             "extra": dict(extra or {}),
         }
-        write_state(folder, state)
+        self.state = write_state(folder, state)
         self._write_record(folder, links)
         self.links = links
 
@@ -418,6 +420,7 @@ class Chain:
             "modules": {name: list(shape) for name, shape in self._shapes().items()},
             "links": [{**link.record(), "base_kind": self.base.kind} for link in links],
             "open": None if self.open_link is None or self.open_link.index != len(links) else len(links),
+            "state": self.state,
             "about": self.about,
         }
 

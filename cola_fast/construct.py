@@ -132,7 +132,7 @@ def rebuild(
         )
     base = choose_base(record["base_kind"], record["rounding"], modules.values())
     chain = Chain(model, modules, base, settings, record["base"])
-    chain.folder, chain.about = folder, dict(record.get("about") or {})
+    chain.folder, chain.state, chain.about = folder, record.get("state"), dict(record.get("about") or {})
     chain.waiting, chain.recorded = sealed, (folder, dict(record))
     chain.replay(len(sealed) if links is None else links)
     if state is not None and state["open"] == len(chain.links):

@@ -80,8 +80,8 @@ def _faults(record: Mapping[str, Any]) -> Iterator[str]:
     for key in ("revision", "quantisation"):
         if isinstance(base, dict) and not isinstance(base.get(key), str | None):
             yield f"base.{key} is no text"
-    for key in ("base_kind", "rounding", "init", "scaling"):
-        if not isinstance(record.get(key, ""), str):
+    for key in ("base_kind", "rounding", "init", "scaling", "state"):
+        if not isinstance(record.get(key) or "", str):
             yield f"{key} is no text"
     if not _is_count(record["r"]):
         yield "r is no rank"
@@ -187,8 +187,16 @@ def newest_state(folder: str | Path, record: Mapping[str, Any]) -> tuple[dict[st
             continue
         if "-" not in path.stem:
             note(f"{path} was written by an earlier version and carries no checksum: damage to it would go unnoticed.")
-        return state, passed
-    return None, passed
+        return state, [*passed, *_lost(Path(folder), record, path)]
+    return None, [*passed, *_lost(Path(folder), record, None)]
+
+
+def _lost(folder: Path, record: Mapping[str, Any], newest: Path | None) -> list[str]:
+    """A sentence if chain.json names a newer state than there is. It is written after the state that it names."""
+    name = record.get("state")
+    path = folder / "state" / str(name)
+    gone = name is not None and not path.exists() and (newest is None or _number(newest) < _number(path))
+    return [f"{path} is missing."] if gone else []
 
 
 def _require_bound(state: Any, record: Mapping[str, Any], path: Path) -> None:
@@ -199,15 +207,16 @@ def _require_bound(state: Any, record: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path} belongs to another chain.")
 
 
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """As the newest one. It is whole on disk before an old one goes."""
+def write_state(folder: Path, state: Mapping[str, Any]) -> str:
+    """As the newest one; returns its name. It is whole on disk before an old one goes."""
     states = state_files(folder)
     number = _number(states[-1]) + 1 if states else 0
     store.make_folder(folder / "state")
-    store.save_tensors(folder / "state", number, state)
+    path = store.save_tensors(folder / "state", number, state)
     for old in states[: -(STATES_KEPT - 1)]:
         with suppress(OSError):  # the new one is whole: one too many does no harm
             old.unlink()
+    return path.name
 
 
 def state_files(folder: Path) -> list[Path]:

@@ -64,10 +64,14 @@ def ids() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random Llama as a checkpoint folder, with a word-level tokenizer."""
+    return make_tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+def make_tiny_folder(place: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    folder = place / "tiny-llama"
     words = ["<s>", "</s>", "<unk>", "it", "was", "good", "bad", *(f"w{i}" for i in range(57))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -91,9 +95,12 @@ def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Sentences of which the majority of words is below w28 (label 0) or not (label 1)."""
+    return make_task_files(tmp_path_factory.mktemp("data"))
+
+
+def make_task_files(folder: Path) -> dict[str, str]:
     import random
 
-    folder = tmp_path_factory.mktemp("data")
     source = random.Random(0)
     files = {}
     for split, count in (("train", 96), ("eval", 32), ("test", 32)):

@@ -92,7 +92,7 @@ def test_an_earlier_point_can_be_looked_at_but_not_written(saved: Path, ids: Ten
     assert snapshot(saved) == before
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "renamed", "removed"])
+@pytest.mark.parametrize("how", ["flip", "cut", "renamed", "removed", "all removed"])
 def test_a_state_that_is_damaged_is_not_replaced_in_silence(saved: Path, how: str) -> None:
     """The one before it holds the open link as it was earlier."""
     load_chain(tiny_llama(), saved).save(saved)  # now two states of link 2
@@ -104,9 +104,11 @@ def test_a_state_that_is_damaged_is_not_replaced_in_silence(saved: Path, how: st
         newest.write_bytes(data[:100])
     elif how == "renamed":
         newest.rename(newest.with_name(f"00000009-{'0' * 16}.pt"))
+    elif how == "removed":
+        newest.unlink()
     else:
         shutil.rmtree(saved / "state")
-    with pytest.raises(UserError, match=r"(is damaged|holds no state).* The open link was in it: restore it"):
+    with pytest.raises(UserError, match=r"(is damaged|is missing).* The open link was in it: restore it"):
         load_chain(tiny_llama(), saved)
     assert load_chain(tiny_llama(), saved, links=2).open_link is None
 
@@ -194,7 +196,7 @@ def test_a_folder_of_an_earlier_version_is_read_with_a_note(saved: Path, ids: Te
     model = tiny_llama()
     load_chain(model, saved)
     record = store.read_sealed(saved / "chain.json")[0]
-    for key in ("open", "about"):
+    for key in ("open", "state", "about"):
         del record[key]
     (saved / "chain.json").write_text(json.dumps({**record, "format": 1}))
     for number, path in enumerate(sorted((saved / "state").iterdir())):
