@@ -21,8 +21,8 @@ WORD = 120  # characters of one quoted value
 class UserError(ValueError):
     """Bad input. The CLI prints the sentence and exits with code 2; a traceback would mean a bug of ours."""
 
-    def __init__(self, sentence: str) -> None:
-        super().__init__(cut(printable(cut(sentence, LONGEST)), LONGEST))
+    def __init__(self, sentence: object) -> None:
+        super().__init__(cut(printable(cut(str(sentence), LONGEST)), LONGEST))
 
 
 def printable(text: str) -> str:

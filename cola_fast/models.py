@@ -101,9 +101,9 @@ def native_bf16(device: torch.device | str) -> bool:
     """Whether the device has instructions for bf16. A CPU without them emulates a product in bf16 about 50 times slower
     than in fp32. ATEN_CPU_CAPABILITY=avx2, PyTorch's own variable, makes a newer CPU answer no."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     uses_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return uses_avx512 and torch.cpu._is_avx512_bf16_supported()
+    return uses_avx512 and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def context_length(model: nn.Module) -> int:

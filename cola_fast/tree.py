@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from .errors import WORD, UserError, cut, near, shown
 
-
 LARGEST = 2**63  # what a whole number of a configuration is below
 
 
