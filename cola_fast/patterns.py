@@ -85,7 +85,8 @@ class _Match:
             _, added, removed, inner = argument
             return self.after(inner, places, (flags | added) & ~removed)
         if op in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeat(*argument, places, flags)
+            least, most, inner = argument
+            return self._repeat(int(least), int(most), inner, places, flags)
         if op == "AT":
             return {p for p in places if self._at(str(argument), p, flags)}
         if op in ("ASSERT", "ASSERT_NOT"):
@@ -94,10 +95,10 @@ class _Match:
 
     def _repeat(self, least: int, most: int, inner: Any, places: set[int], flags: int) -> set[int]:
         # once more than there are characters, only empty repetitions are left, and the set stays as it is
-        for _ in range(min(int(least), len(self.name) + 1)):
+        for _ in range(min(least, len(self.name) + 1)):
             places = self.after(inner, places, flags)
         reached, new = places, places
-        for _ in range(min(int(most) - int(least), len(self.name) + 1)):
+        for _ in range(min(most - least, len(self.name) + 1)):
             new = self.after(inner, new, flags) - reached
             if not new:
                 break
