@@ -38,6 +38,7 @@ class Data:
     test: list[Example]  # the test set, or eval where there is none
     max_length: int  # no example is longer (data.max_length, capped by the model's context)
     labels: tuple[str, ...] = ()  # classification: the labels, in the order of Example.candidates
+    vocabulary: int = 0  # tokens that the tokenizer has, up to its largest
     notes: list[str] = field(default_factory=list)  # what was read, cut and dropped; meant to be printed
 
 
@@ -74,7 +75,8 @@ def load_data(config: DataConfig, tokenizer: Any, *, context: int, seed: int) ->
             raise UserError(f"None of the {len(part)} rows of {source} leaves a token to learn from ({note}).")
     held = sets.get("eval", [])
     labels = tuple(config.verbalisers or ()) if kind == "classification" else ()
-    return Data(kind, sets["train"], held, sets.get("test", held), max_length, labels, notes)
+    vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    return Data(kind, sets["train"], held, sets.get("test", held), max_length, labels, vocabulary, notes)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -80,7 +80,10 @@ def told(sentence: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of a library in Rust; it is no Exception
+        if not isinstance(error, Exception) and not panic:
+            raise
         raise UserError(f"{sentence}: {reason(error)}.") from error
 
 
