@@ -208,7 +208,7 @@ def validate(config: Config) -> None:
     _require(c.r >= 1, f"chain.r is {c.r}, but a rank is at least 1.")
     for name, rank in (c.rank_pattern or {}).items():
         _require(rank >= 1, f"chain.rank_pattern gives {name} rank {rank}, but a rank is at least 1.")
-    _require(c.alpha > 0, f"chain.alpha is {c.alpha}, but it must be positive.")
+    _require(0 < c.alpha < 1e30, f"chain.alpha is {c.alpha}, but it must be positive, and a number in 32 bits.")
     for slot in SLOTS:
         section, key = slot.key.split(".")
         name = getattr(getattr(config, section), key)
@@ -251,7 +251,9 @@ def validate(config: Config) -> None:
     _require(mean is None or mean >= 1, f"chain.gelora.mean_rank is {mean}, but a rank is at least 1.")
     _require(0 <= c.dropout < 1, f"chain.dropout is {c.dropout}, but it must be at least 0 and less than 1.")
     _require(len(c.targets) > 0, "chain.targets is empty: name at least one module, or all-linear.")
-    _require(s.links >= 1, f"schedule.links is {s.links}, but a chain has at least 1 link.")
+    _require(
+        1 <= s.links <= 10_000, f"schedule.links is {s.links}, but a chain has at least 1 link and at most 10,000."
+    )
     _require(
         (s.epochs is None) != (s.steps is None),
         "Give the chain's whole length once: either schedule.epochs or schedule.steps"
@@ -271,6 +273,7 @@ def validate(config: Config) -> None:
         _require(count >= 0, f"schedule.{where} is {count}, but it must not be negative.")
     for where, count in (("gelora.examples", c.gelora.examples), ("calibration", c.calibration)):
         _require(count >= 1, f"chain.{where} is {count}, but it must be at least 1.")
+    _require(t.accumulation <= 1_000_000, f"train.accumulation is {t.accumulation}, but it is at most 1,000,000.")
     for key in ("batch_size", "accumulation", "save_every", "log_every", "eval_batch_size"):
         _require(getattr(t, key) >= 1, f"train.{key} is {getattr(t, key)}, but it must be at least 1.")
     for where, key, value in (

@@ -25,7 +25,7 @@ from . import json_file
 from .chat import message_rows, without_none
 from .config import DataConfig
 from .encode import Encoder, Example, Row
-from .errors import UserError, listed, near, reason, shown
+from .errors import UserError, listed, near, reason, shown, told
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -110,10 +110,13 @@ def _read(source: str, split: str, config: DataConfig) -> _Table:
     # a path-like name is a mistyped path: say so at once, not after half a minute of asking the hub
     if builder is None and not os.path.isdir(source) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
         raise UserError(f"{source} is neither a file or folder here nor the name of a hub data set (owner/name).")
-    for file in [path] if builder else sorted(path.rglob("*.json*")) if os.path.isdir(source) else []:
-        why = json_file.refusal(file) if BUILDERS.get(file.suffix.lower()) == "json" and file.is_file() else None
-        if why:
-            raise UserError(f"{file} cannot be read as {file.suffix[1:]}: {why}.")
+    below = (Path(folder) / name for folder, _, names in os.walk(source) for name in names)
+    for file in [path] if builder else below:
+        if BUILDERS.get(file.suffix.lower()) == "json" and os.path.isfile(file):
+            with told(f"{file} cannot be read"):
+                why = json_file.refusal(file)
+            if why:
+                raise UserError(f"{file} cannot be read as {file.suffix[1:]}: {why}.")
     data = _load_file(path, builder) if builder else _load_hub(source, split, config)
     if len(data) == 0:
         raise UserError(f"{source} holds no rows: an empty data set cannot be used.")
