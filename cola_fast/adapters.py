@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from . import store
-from .errors import UserError, near
+from . import patterns, store
+from .errors import WORD, UserError, cut, near, shown, told
 from .layer import factor_dtype
 from .link import SealedLink
 from .opening import moves
@@ -42,8 +42,8 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
     rsLoRA scaling are kept. If the chain has a folder, the link is on disk before the weights change.
 
     Raises UserError if the open link has been trained, if the adapter covers modules the chain does not, if a shape
-    does not fit, and for what is more than `scale · B A` (DoRA, modules_to_save, biases, ...). The model is then as it
-    was.
+    does not fit, for numbers that are not finite or would not be in the base, and for what is more than `scale · B A`
+    (DoRA, modules_to_save, biases, ...). The model is then as it was.
     """
     if any(map(moves, chain.live_factors().values())) or any(layer.rescales() for layer in chain.layers.values()):
         raise UserError(
@@ -54,7 +54,7 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
     outside = [name for name in given if name not in chain.layers]
     if outside:
         raise UserError(
-            f"The adapter in {folder} changes {outside[0]}"
+            f"The adapter in {folder} changes {cut(outside[0], WORD)}"
             + (f" and {len(outside) - 1} more modules" if len(outside) > 1 else "")
             + f", which the chain does not cover: attach with targets that include it.{near(outside[0], chain.layers)}"
         )
@@ -69,6 +69,7 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
                 f"{n} x {k}: give the adapter of this base model."
             )
         factors[name] = Factors(a.to(dtype), b.to(dtype), alpha)
+        _require_finite(factors[name], layer.compute_dtype, f"{name} in {folder}")
     link = chain.append(lambda: SealedLink.seal(len(chain.links), factors, **chain.peft_fields(factors)))
     chain.extend()
     return link
@@ -79,28 +80,64 @@ def read_adapter(folder: Path) -> dict[str, Factors]:
 
     Raises UserError if there is none, or if it is more than that.
     """
-    config: dict[str, Any] = store.read_json(folder / CONFIG_FILE)
+    with told(f"{folder / CONFIG_FILE} cannot be read"):
+        config: Any = store.read_json(folder / CONFIG_FILE)
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG_FILE} holds {shown(config)}, but must be a mapping, as PEFT writes it.")
     _refuse_more_than_lora(config, folder)
-    try:
-        tensors = safetensors.torch.load((folder / TENSOR_FILE).read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no {TENSOR_FILE}: load it in PEFT and save it as safetensors.") from None
-    except SafetensorError as error:
-        raise UserError(f"{folder / TENSOR_FILE} is damaged ({error}): restore it from a copy.") from None
+    ranks = _Setting(config, folder, "r", 8, "rank_pattern")
+    alphas = _Setting(config, folder, "lora_alpha", None, "alpha_pattern")
+    tensors = _read_tensors(folder)
     factors = {}
     for key in tensors:
         name, part = _split(key)
-        other = f"{PREFIX}{name}.lora_B.weight"
-        if not name or (part == "A" and other not in tensors):
-            raise UserError(f"The adapter in {folder} holds {key}, which is no LoRA factor of a linear: not supported.")
+        pair = {f"{PREFIX}{name}.lora_{side}.weight" for side in "AB"}
+        if not name or not pair <= tensors.keys():
+            alone = f", without lora_{'B' if part == 'A' else 'A'}" if name else ""
+            raise UserError(
+                f"The adapter in {folder} holds {cut(key, WORD)}{alone}, which is no LoRA factor of a linear: "
+                "not supported."
+            )
         if part == "A":
-            a, b = tensors[key], tensors[other]
-            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            a, b = tensors[key], tensors[f"{PREFIX}{name}.lora_B.weight"]
+            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
                 raise UserError(f"The factors of {name} in {folder} are {list(a.shape)} and {list(b.shape)}, no pair.")
-            factors[name] = Factors(a, b, _alpha(config, name, a.shape[0]))
+            if not (a.is_floating_point() and b.is_floating_point()):
+                raise UserError(
+                    f"The factors of {name} in {folder} are {a.dtype} and {b.dtype}, but must be floating-point."
+                )
+            rank = a.shape[0]
+            if ranks.of(name) != rank:
+                raise UserError(
+                    f"The factors of {name} in {folder} have rank {rank}, but {CONFIG_FILE} says {ranks.of(name):g}: "
+                    "give the two files that belong together."
+                )
+            alpha = alphas.of(name) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+            factors[name] = Factors(a, b, alpha)  # such that alpha / rank is PEFT's scale
+            _require_finite(factors[name], a.dtype, f"{name} in {folder}")
     if not factors:
         raise UserError(f"The adapter in {folder} has no LoRA factors.")
     return dict(sorted(factors.items()))
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / TENSOR_FILE
+    if not path.exists():
+        raise UserError(f"{folder} has no {TENSOR_FILE}: load it in PEFT and save it as safetensors.")
+    with told(f"{path} is damaged, restore it from a copy"):
+        return dict(safetensors.torch.load(path.read_bytes()))
+
+
+def _require_finite(f: Factors, dtype: torch.dtype, where: str) -> None:
+    """Refuses factors whose update the base's dtype cannot hold. No N x K matrix is made: each row's largest entry has
+    a bound."""
+    a, b = f.a.double().abs().amax(1), f.b.double().abs()
+    largest = float(((b * abs(f.scale)) @ a).max())
+    if not max(largest, float(a.max()), float(b.max()) * max(1.0, abs(f.scale))) <= torch.finfo(dtype).max:
+        raise UserError(
+            f"The adapter's update of {where} holds NaN or infinite numbers, or larger ones than the model's "
+            f"{str(dtype).removeprefix('torch.')} can hold: give an adapter that trained without diverging."
+        )
 
 
 def cut_to_rank(factors: Factors, rank: int) -> tuple[Factors, float]:
@@ -158,7 +195,7 @@ _EXPERT_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"
 def _refuse_more_than_lora(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"The adapter in {folder} is of type {kind}, but a link can only come from LORA.")
+        raise UserError(f"The adapter in {folder} is of type {shown(kind)}, but a link can only come from LORA.")
     found = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         found.append("bias")
@@ -170,20 +207,34 @@ def _refuse_more_than_lora(config: Mapping[str, Any], folder: Path) -> None:
     init = config.get("init_lora_weights", True)
     if init not in INITS_ON_THE_BASE:
         raise UserError(
-            f"The adapter in {folder} was initialised with {init}, which may have changed the base weights as well: "
-            "save it with PEFT's path_initial_model_for_weight_conversion first, which makes it an ordinary LoRA."
+            f"The adapter in {folder} was initialised with {shown(init)}, which may have changed the base weights as "
+            "well: save it with PEFT's path_initial_model_for_weight_conversion first, which makes it an ordinary LoRA."
         )
 
 
-def _alpha(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """lora_alpha of a module, such that alpha / rank is PEFT's scale."""
-    alpha = float(_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"]))
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+class _Setting:
+    """A number of adapter_config.json that a pattern may change for some modules, as PEFT looks it up: by the first key
+    that is a regular expression for the end of the module's name."""
 
+    def __init__(self, config: Mapping[str, Any], folder: Path, key: str, default: Any, pattern: str) -> None:
+        self.where = f"The {CONFIG_FILE} in {folder}"
+        self.common = self._number(key, config.get(key, default))
+        given = config.get(pattern) or {}
+        if not isinstance(given, dict):
+            raise UserError(f"{self.where} has {pattern} {shown(given)}, but must map patterns of modules to numbers.")
+        self.special = []
+        for key, value in given.items():
+            with told(f"{self.where} has {shown(key)} in {pattern}, which is no pattern"):
+                self.special.append((patterns.compile_end(key), self._number(f"{pattern} {shown(key)}", value)))
 
-def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """As PEFT looks a module up: the first key that is a regular expression for the end of its name."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    def of(self, name: str) -> float:
+        with told(f"{self.where} has a pattern that cannot be looked for"):
+            return next((value for matches, value in self.special if matches(name)), self.common)
+
+    def _number(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise UserError(f"{self.where} has {key} {shown(value)}, but must have a finite number.")
+        return float(value)
 
 
 def _split(key: str) -> tuple[str, str]:

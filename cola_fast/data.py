@@ -11,17 +11,21 @@ import glob
 import hashlib
 import json
 import math
+import os
 import re
 import string
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import json_file
+from .chat import message_rows, without_none
 from .config import DataConfig
 from .encode import Encoder, Example, Row
-from .errors import UserError, near
+from .errors import UserError, listed, near, reason, shown, told
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -34,6 +38,7 @@ class Data:
     test: list[Example]  # the test set, or eval where there is none
     max_length: int  # no example is longer (data.max_length, capped by the model's context)
     labels: tuple[str, ...] = ()  # classification: the labels, in the order of Example.candidates
+    vocabulary: int = 0  # tokens that the tokenizer has, up to its largest
     notes: list[str] = field(default_factory=list)  # what was read, cut and dropped; meant to be printed
 
 
@@ -70,7 +75,8 @@ def load_data(config: DataConfig, tokenizer: Any, *, context: int, seed: int) ->
             raise UserError(f"None of the {len(part)} rows of {source} leaves a token to learn from ({note}).")
     held = sets.get("eval", [])
     labels = tuple(config.verbalisers or ()) if kind == "classification" else ()
-    return Data(kind, sets["train"], held, sets.get("test", held), max_length, labels, notes)
+    vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    return Data(kind, sets["train"], held, sets.get("test", held), max_length, labels, vocabulary, notes)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -83,24 +89,34 @@ class _Table:
 
     def column(self, name: str) -> list[Any]:
         if name not in self.data.column_names:
-            has = ", ".join(self.data.column_names)
-            raise UserError(f"{self.source} has no column {name!r} (it has {has}).{near(name, self.data.column_names)}")
+            has = listed(self.data.column_names)
+            hint = near(name, self.data.column_names)
+            raise UserError(f"{self.source} has no column {shown(name)} (it has {has}).{hint}")
         try:
             return list(self.data[name])
         except UnicodeDecodeError as error:
             raise UserError(f"{self.source} is not UTF-8 text ({error}): convert it.") from None
+        except Exception as error:  # a date in the year 10000, an image that is none: decoding raises what it likes
+            raise UserError(f"{self.source}: the column {name} cannot be read: {reason(error)}.") from None
 
 
 def _read(source: str, split: str, config: DataConfig) -> _Table:
     path = Path(source)
     builder = BUILDERS.get(path.suffix.lower())
-    if builder and not path.is_file():
+    if builder and not os.path.isfile(source):
         raise UserError(f"There is no file {source}: check the path (relative paths start from {Path.cwd()}).")
-    if path.is_file() and builder is None:
+    if os.path.isfile(source) and builder is None:
         raise UserError(f"{source} is a {path.suffix or 'nameless'} file, but data is read from {', '.join(BUILDERS)}.")
     # a path-like name is a mistyped path: say so at once, not after half a minute of asking the hub
-    if builder is None and not path.is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+    if builder is None and not os.path.isdir(source) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
         raise UserError(f"{source} is neither a file or folder here nor the name of a hub data set (owner/name).")
+    below = (Path(folder) / name for folder, _, names in os.walk(source) for name in names)
+    for file in [path] if builder else below:
+        if BUILDERS.get(file.suffix.lower()) == "json" and os.path.isfile(file):
+            with told(f"{file} cannot be read"):
+                why = json_file.refusal(file)
+            if why:
+                raise UserError(f"{file} cannot be read as {file.suffix[1:]}: {why}.")
     data = _load_file(path, builder) if builder else _load_hub(source, split, config)
     if len(data) == 0:
         raise UserError(f"{source} holds no rows: an empty data set cannot be used.")
@@ -154,16 +170,14 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     try:
-                        row = json.loads(line) if line.strip() else {}
+                        json.loads(line) if line.strip() else {}
                     except json.JSONDecodeError as wrong:
                         return f"line {number}: {wrong.msg}"
-                    if not isinstance(row, dict):
-                        return f"line {number} is {line.strip()[:40]}, but must be an object with columns as keys"
         elif path.suffix.lower() == ".json":
             json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as wrong:
-        return str(wrong)
-    return _one_line(error.__cause__ or error)
+    except (ValueError, RecursionError) as wrong:  # not JSON, not UTF-8, a number of 5,000 digits
+        return reason(wrong)
+    return reason(error.__cause__ or error)
 
 
 def _load_hub(source: str, split: str, config: DataConfig) -> Any:
@@ -174,17 +188,13 @@ def _load_hub(source: str, split: str, config: DataConfig) -> Any:
     except OSError as error:  # unreachable, offline or not found
         raise UserError(
             f"{source} is not a {', '.join(BUILDERS)} file here, and the hub, which is unreachable or has no such data "
-            f"set, does not give it: {_one_line(error)}."
+            f"set, does not give it: {reason(error)}."
         ) from None
     except Exception as error:  # an unknown split or configuration, a loading script, a malformed file
         raise UserError(
             f"The data set {source} (configuration {config.hub_config or 'default'}, split {split}) cannot be read: "
-            f"{_one_line(error)}."
+            f"{reason(error)}."
         ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")
 
 
 # --- from columns to pieces of text -----------------------------------------------------------------------------------
@@ -200,7 +210,7 @@ def _kind(config: DataConfig, table: _Table) -> str:
         if needs <= names:
             return kind
     raise UserError(
-        f"{table.source} has the columns {', '.join(sorted(names))}, but needs text, or prompt and completion, or "
+        f"{table.source} has the columns {listed(sorted(names))}, but needs text, or prompt and completion, or "
         "messages; for classification give data.template, data.label_column and data.verbalisers."
     )
 
@@ -214,7 +224,7 @@ def _texts(table: _Table, column: str) -> list[str]:
 
 
 def _wrong_cell(table: _Table, number: int, column: str, cell: Any, wanted: str) -> UserError:
-    given = "empty" if cell is None else f"{str(cell)[:40]!r} ({type(cell).__name__})"
+    given = "empty" if cell is None else f"{shown(cell)} ({type(cell).__name__})"
     return UserError(f"Row {number} of {table.source}: {column} is {given}, but must be {wanted}.")
 
 
@@ -234,31 +244,37 @@ def _classification_rows(table: _Table, config: DataConfig, tokenizer: Any) -> l
     try:
         fields = list(string.Formatter().parse(config.template))
     except ValueError as error:
-        raise UserError(f"data.template {config.template!r} is malformed ({error}): write {{{{ for a brace.") from None
+        raise UserError(
+            f"data.template {shown(config.template)} is malformed ({error}): write {{{{ for a brace."
+        ) from None
     parts = [(literal, name) for literal, name, _, _ in fields]
     if any(form or conversion for _, _, form, conversion in fields):
-        raise UserError(f"data.template {config.template!r} formats a column, but can only name it: write {{name}}.")
+        raise UserError(
+            f"data.template {shown(config.template)} formats a column, but can only name it: write {{name}}."
+        )
     has = table.data.column_names
     for unknown in {name for _, name in parts if name is not None} - set(has):
         raise UserError(
-            f"data.template names {unknown!r}, but {table.source} has {', '.join(has)}.{near(unknown, has)}"
+            f"data.template names {shown(unknown)}, but {table.source} has {listed(has)}.{near(unknown, has)}"
         )
     cells = {name: table.column(name) for _, name in parts if name is not None}
     if not cells:
-        raise UserError(f"data.template {config.template!r} names no column: write one in braces, as in {{text}}.")
+        raise UserError(f"data.template {shown(config.template)} names no column: write one in braces, as in {{text}}.")
     names = getattr(
         table.data.features.get(config.label_column), "names", None
     )  # a hub ClassLabel: 0 may be "negative"
     keys = list(words)
     rows = []
     for number, label in enumerate(table.column(config.label_column), 1):
+        if not isinstance(label, Hashable):
+            raise _wrong_cell(table, number, config.label_column, label, "a label: text, a number or a truth value")
         key = label if label in words else _label_key(label)
         if key not in words and names and isinstance(label, int) and 0 <= label < len(names):
             key = names[label]
         if key not in words:
             raise UserError(
-                f"Row {number} of {table.source}: {config.label_column} is {label!r}, which is not in data.verbalisers "
-                f"({', '.join(keys)}): add it there, or correct the row{_quoting(str(label), keys)}."
+                f"Row {number} of {table.source}: {config.label_column} is {shown(label)}, which is not in "
+                f"data.verbalisers ({listed(keys)}): add it there, or correct the row{_quoting(str(label), keys)}."
             )
         prompt = ""
         for literal, name in parts:
@@ -284,90 +300,28 @@ def _label_key(label: Any) -> str:
         return str(label).lower()
     try:
         number = float(label)  # of a string, too: a CSV file has nothing else
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return str(label)
     return str(int(number)) if number.is_integer() else str(label)
 
 
 def _message_rows(table: _Table, config: DataConfig, tokenizer: Any) -> list[Row]:
-    import jinja2
-
     if not tokenizer.chat_template:
         raise UserError(
             f"{table.source} holds messages, but the tokenizer has no chat template: use an instruction-tuned model's "
             "tokenizer, or write the rows as prompt and completion."
         )
-    marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
-    rows = []
     tools = table.column("tools") if "tools" in table.data.column_names else None
+    chats = []
     for number, cell in enumerate(table.column("messages"), 1):
         if not isinstance(cell, list) or not cell or not all(isinstance(message, dict) for message in cell):
             raise _wrong_cell(table, number, "messages", cell, "a list of {role, content}")
-        chat = _without_none(cell)  # datasets fills the keys that other rows have with None, in arguments of tools too
+        chat = without_none(cell)  # datasets fills the keys that other rows have with None, in arguments of tools too
         for message in chat:
             if not all(isinstance(message.get(key), str) for key in ("role", "content")):
                 raise _wrong_cell(table, number, "messages", message, "text under role and under content")
-        try:
-            keys = {} if tools is None else {"tools": _tools(tools[number - 1])}
-            found = _marked(chat, tokenizer, keys) if marks else _turns(chat, tokenizer, keys)
-            rows.append(Row(number, **found))
-        except (jinja2.TemplateError, TypeError, ValueError, _Unstable) as error:
-            raise UserError(f"Row {number} of {table.source}: the chat template refuses it: {error}.") from None
-    return rows
-
-
-def _tools(cell: Any) -> Any:
-    """Descriptions of tools, as JSON or as structs, in which datasets has filled the keys of other rows with None."""
-    return _without_none(json.loads(cell) if isinstance(cell, str) else cell)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _marked(chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any]) -> dict[str, Any]:
-    """The template says itself, by {% generation %}, which tokens the assistant writes. keys: for the template."""
-    both = tokenizer.apply_chat_template(
-        chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **keys
-    )
-    return {"marked": (list(both["input_ids"]), [bool(mark) for mark in both["assistant_masks"]])}
-
-
-class _Unstable(Exception):
-    pass
-
-
-def _turns(chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any]) -> dict[str, Any]:
-    """Without those marks: an assistant turn is what rendering it adds to the prompt that asks for it.
-
-    Exact only if each rendered prefix of the conversation begins the rendering of the whole; some templates rewrite
-    earlier turns once later ones follow, and those are refused.
-    """
-
-    def render(count: int, ask: bool) -> str:
-        return str(tokenizer.apply_chat_template(chat[:count], tokenize=False, add_generation_prompt=ask, **keys))
-
-    if chat[0]["role"] == "assistant":
-        raise _Unstable("it begins with the assistant, so that what it answers cannot be told; put a user's turn first")
-    whole = render(len(chat), False)
-    pieces: list[tuple[str, bool]] = []
-    done = 0
-    for turn, message in enumerate(chat):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(turn, True), render(turn + 1, False)
-        if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)):
-            raise _Unstable(
-                f"it renders message {turn + 1} or those before it differently once more follows, so the assistant's "
-                "part cannot be told; add {% generation %} marks to the template"
-            )
-        end = len(after.rstrip())  # the line break after the end-of-turn token is not the assistant's to write
-        end = end if end > len(before) else len(after)
-        pieces += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
-        done = end
-    return {"pieces": (*pieces, (whole[done:], False))}
+        chats.append(chat)
+    return message_rows(table.source, chats, tools, tokenizer, enough=config.max_length)
 
 
 _ROWS = {

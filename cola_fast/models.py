@@ -7,15 +7,15 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from . import weights
 from .config import ModelConfig
-from .errors import UserError
+from .errors import UserError, shown, told
 from .layer import forbid_repacking
 from .versions import require_tested
 
@@ -24,7 +24,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def load_model(config: ModelConfig) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained`, on the device, in the dtype, in eval mode, never running remote code
-    unless `trust_remote_code` says so, and never reading pickled weights."""
+    unless `trust_remote_code` says so, and never reading pickled weights.
+
+    Raises UserError for what transformers cannot load, and for a checkpoint that lacks tensors, has them of other
+    shapes or holds numbers that are none.
+    """
     require_tested("transformers", "cola_fast")
     from transformers import AutoModelForCausalLM
 
@@ -34,22 +38,27 @@ def load_model(config: ModelConfig) -> nn.Module:
         options["attn_implementation"] = config.attention
     if config.gguf_file is None:
         options["use_safetensors"] = True
+        weights.refuse_other_files(config.name, _load_settings(config), partial(_find, config))
     if config.load_in_4bit:
         options |= {"quantization_config": _nf4(options["dtype"], config), "device_map": {"": device}}
-    model = _from_pretrained(AutoModelForCausalLM, config, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused here, by name
+    model, report = _from_pretrained(AutoModelForCausalLM, config, **options)
+    weights.refuse_incomplete(config.name, report)
     if config.gguf_file is not None:
         forget_gguf(model)
     forbid_repacking(model)
-    return cast(nn.Module, (model if config.load_in_4bit else model.to(device)).eval())
+    model = model if config.load_in_4bit else model.to(device)
+    weights.refuse_not_finite(config.name, model)
+    return cast(nn.Module, model.eval())
 
 
 def load_empty_model(config: ModelConfig) -> nn.Module:
     """The same architecture on the meta device: shapes without weights, for estimates."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    settings = _from_pretrained(AutoConfig, config)
+    settings = _load_settings(config)
     options = {} if config.attention is None else {"attn_implementation": config.attention}
-    with _one_sentence(config), torch.device("meta"):
+    with _told(config), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code, **options)
     return cast(nn.Module, model)
 
@@ -71,8 +80,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, config)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, any known token will do
+    with _told(config, "tokenizer of"):
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, any known token will do
+        tokenizer("a", add_special_tokens=True)  # some files are read without complaint, and fail at the first word
     return tokenizer
 
 
@@ -103,12 +114,17 @@ def native_bf16(device: torch.device | str) -> bool:
     if torch.device(device).type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     uses_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return uses_avx512 and torch.cpu._is_avx512_bf16_supported()
+    return uses_avx512 and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def context_length(model: nn.Module) -> int:
     """Longest sequence the model was made for, in tokens."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+    length: Any = getattr(model.config, "max_position_embeddings", None) or 2**31
+    if not isinstance(length, int) or length < 1:
+        raise UserError(
+            f"The model's config.json has max_position_embeddings {shown(length)}, but a context is a number of tokens."
+        )
+    return length
 
 
 def inputs(batch: Any) -> dict[str, Any]:
@@ -144,25 +160,43 @@ def forget_gguf(model: Any) -> None:
         del model.config.quantization_config
 
 
+def _load_settings(config: ModelConfig) -> Any:
+    """The model's config.json."""
+    from transformers import AutoConfig
+
+    settings = _from_pretrained(AutoConfig, config)
+    weights.check_settings(config.name, settings)
+    return settings
+
+
 def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
     options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
-    folder = Path(config.name).expanduser()
-    looks_local = folder.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1
-    if looks_local and not folder.is_dir():
+    folder = os.path.expanduser(config.name)
+    looks_local = os.path.isabs(folder) or config.name.startswith((".", "~")) or config.name.count("/") > 1
+    if looks_local and not os.path.isdir(folder):
         raise UserError(f"model.name is {config.name}, but there is no such folder.")
-    with _one_sentence(config):
-        return kind.from_pretrained(str(folder) if folder.is_dir() else config.name, **options)
+    with _told(config, "tokenizer of" if "Tokenizer" in kind.__name__ else "model"):
+        return kind.from_pretrained(folder if os.path.isdir(folder) else config.name, **options)
+
+
+def _find(config: ModelConfig, file: str) -> str | None:
+    """Where the model's file of that name is, in its folder or from the hub; None if it has none."""
+    folder = os.path.expanduser(config.name)
+    if os.path.isdir(folder):
+        return path if os.path.isfile(path := os.path.join(folder, file)) else None
+    from transformers.utils import cached_file
+
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
+    with _told(config):
+        return cast("str | None", cached_file(config.name, file, revision=config.revision, **quiet))
 
 
 @contextmanager
-def _one_sentence(config: ModelConfig) -> Iterator[None]:
-    """What transformers raises where it cannot make a model, as a UserError."""
-    try:
+def _told(config: ModelConfig, what: str = "model") -> Iterator[None]:
+    """What transformers raises where it cannot make a model, as a UserError. It raises whatever its libraries do."""
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    local = os.path.isdir(os.path.expanduser(config.name))
+    with told(f"The {what} {config.name} could not be loaded{'' if local else offline}"):
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        local = Path(config.name).expanduser().is_dir()
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") and not local else ""
-        raise UserError(f"The model {config.name} could not be loaded{offline}: {reason}.") from error

@@ -49,7 +49,8 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
 
 
 def require_vocabulary(model: nn.Module, data: Data) -> None:
-    """Raises UserError for a token that the model has no embedding of."""
+    """Raises UserError for a token of the data that the model has no embedding of; of one that only the tokenizer has,
+    a note tells."""
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     if embedding is None:
         return
@@ -58,8 +59,13 @@ def require_vocabulary(model: nn.Module, data: Data) -> None:
     rows = embedding.weight.shape[0]
     if largest >= rows:
         raise UserError(
-            f"The tokenizer gives token {largest}, but the model has embeddings of {rows} tokens: use the model's own "
-            "tokenizer, or resize its embeddings and save it first."
+            f"The tokenizer gives token {largest}, and has {data.vocabulary}, but the model has embeddings of {rows} "
+            "tokens: use the model's own tokenizer, or resize its embeddings and save it first."
+        )
+    if data.vocabulary > rows:
+        data.notes.append(
+            f"the tokenizer has {data.vocabulary} tokens, but the model embeddings of {rows}: the data uses none of "
+            "the others, but another text may"
         )
 
 

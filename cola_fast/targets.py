@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError, near
+from . import patterns
+from .errors import UserError, near, shown
 
 
 def select_modules(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
@@ -25,15 +26,15 @@ def select_modules(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
     if not isinstance(targets, str) and not (
         isinstance(targets, Sequence) and targets and all(isinstance(t, str) for t in targets)
     ):
-        raise UserError(f"targets is {targets!r}, but must be all-linear, a name or pattern, or a list of them.")
+        raise UserError(f"targets is {shown(targets)}, but must be all-linear, a name or pattern, or a list of them.")
     if targets == "all-linear":
         heads = _heads(model)
         chosen = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not any(m is head for head in heads)]
         if not chosen:
             raise UserError("targets is all-linear, but the model has no torch.nn.Linear besides its output head.")
     else:
-        patterns = [targets] if isinstance(targets, str) else list(targets)
-        found = {name for pattern in patterns for name in _matching(pattern, modules)}
+        wanted = [targets] if isinstance(targets, str) else list(targets)
+        found = {name for pattern in wanted for name in _matching(pattern, modules)}
         chosen = [name for name in modules if name in found]
     selected = {}
     adapted = {name for name, module in modules.items() if hasattr(module, "lora_A") and hasattr(module, "base_layer")}
@@ -67,15 +68,19 @@ def assign_ranks(shapes: Mapping[str, tuple[int, int]], r: int, pattern: Mapping
     """
     pattern = {} if pattern is None else pattern
     if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
-        raise UserError(f"rank_pattern is {pattern!r}, but must map names or patterns of modules to ranks.")
+        raise UserError(f"rank_pattern is {shown(pattern)}, but must map names or patterns of modules to ranks.")
     matches = {key: set(_matching(key, shapes, what="rank_pattern key")) for key in pattern}
     ranks = {}
     for name, (n, k) in shapes.items():
         rank = next((pattern[key] for key in pattern if name in matches[key]), r)
         if isinstance(rank, bool) or not isinstance(rank, int):
-            raise UserError(f"The rank of {name} is {rank!r}, but a rank is a whole number: choose 1 to {min(n, k)}.")
+            raise UserError(
+                f"The rank of {name} is {shown(rank)}, but a rank is a whole number: choose 1 to {min(n, k)}."
+            )
         if not 1 <= rank <= min(n, k):
-            raise UserError(f"The rank of {name} is {rank}, but its weight is {n} x {k}: choose 1 to {min(n, k)}.")
+            raise UserError(
+                f"The rank of {name} is {shown(rank)}, but its weight is {n} x {k}: choose 1 to {min(n, k)}."
+            )
         ranks[name] = rank
     return ranks
 
@@ -99,15 +104,15 @@ def _matching(pattern: str, names: Iterable[str], what: str = "target") -> list[
     found = [name for name in names if name == pattern or name.endswith("." + pattern)]
     if not found:
         try:
-            found = [name for name in names if re.fullmatch(pattern, name)]
-        except re.error as error:
+            found = list(filter(patterns.compile(pattern), names))
+        except patterns.PatternError as error:
             raise UserError(
-                f"The {what} {pattern!r} is neither a module name nor a regular expression ({error})."
+                f"The {what} {shown(pattern)} is neither a module name nor a regular expression ({error})."
             ) from None
     if not found:
         leaves = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit())
         hint = near(pattern, names if "." in pattern else leaves) or f" The model has: {', '.join(list(leaves)[:12])}."
-        raise UserError(f"The {what} {pattern!r} matches no module.{hint}")
+        raise UserError(f"The {what} {shown(pattern)} matches no module.{hint}")
     return found
 
 

@@ -9,7 +9,9 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from .errors import UserError, near
+from .errors import WORD, UserError, cut, near, shown
+
+LARGEST = 2**63  # what a whole number of a configuration is below
 
 
 def build(cls: Any, raw: Any) -> Any:
@@ -19,11 +21,12 @@ def build(cls: Any, raw: Any) -> Any:
 
 def _build(cls: Any, raw: Any, path: str, known: Sequence[str]) -> Any:
     if not isinstance(raw, Mapping):
-        raise UserError(f"{path} is {raw!r}, but it is a section: a mapping of keys to values.")
+        raise UserError(f"{path} is {shown(raw)}, but it is a section: a mapping of keys to values.")
     hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in hints:
-            raise UserError(f"Unknown key {_join(path, str(key))}.{_nearest_key(str(key), path, hints, known)}")
+            name = key if isinstance(key, str) else shown(key)
+            raise UserError(f"Unknown key {_join(path, cut(name, WORD))}.{_nearest_key(name, path, hints, known)}")
     return cls(**{key: _convert(hints[key], value, _join(path, key), known) for key, value in raw.items()})
 
 
@@ -44,7 +47,9 @@ def _convert(hint: Any, value: Any, path: str, known: Sequence[str]) -> Any:
     if origin is Literal:
         if value in args and not isinstance(value, bool):
             return value
-        raise UserError(f"{path} is {value!r}, but must be one of {', '.join(map(str, args))}.{near(str(value), args)}")
+        raise UserError(
+            f"{path} is {shown(value)}, but must be one of {', '.join(map(str, args))}.{_near(value, args)}"
+        )
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) == len(value):
@@ -53,17 +58,24 @@ def _convert(hint: Any, value: Any, path: str, known: Sequence[str]) -> Any:
                 for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
             )
     if origin is dict and isinstance(value, Mapping):
-        return {
-            _convert(args[0], _word(k), path, known): _convert(args[1], v, f"{path}.{k}", known)
-            for k, v in value.items()
-        }
+        found: dict[Any, Any] = {}
+        for key, inner in value.items():
+            name = _convert(args[0], _word(key), path, known)
+            if name in found:
+                raise UserError(f"{path} gives {shown(name)} twice: leave one out.")
+            found[name] = _convert(args[1], inner, f"{path}.{cut(name, WORD)}", known)
+        return found
     if hint is float:
         number = _number(value)
         if number is not None:
             return number
+    elif hint is int and type(value) is int and abs(value) >= LARGEST:
+        raise UserError(f"{path} is {shown(value)}, but a number of 64 bits is expected.")
+    elif hint is str and isinstance(value, str) and not _is_text(value):
+        raise UserError(f"{path} is {shown(value)}, which holds a character that no file name or text can have.")
     elif hint in (int, bool, str) and type(value) is hint:
         return value
-    raise UserError(f"{path} is {value!r} ({type(value).__name__}), but must be {_spell(hint)}.")
+    raise UserError(f"{path} is {shown(value)} ({type(value).__name__}), but must be {_spell(hint)}.")
 
 
 def _number(value: Any) -> float | None:
@@ -72,14 +84,29 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be written to a file, and name one."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
+
+
+def _near(value: Any, options: Iterable[str]) -> str:
+    return near(value, options) if isinstance(value, str) else ""
+
+
 def _word(key: Any) -> Any:
     """Labels such as 0, 1 or true are keys that people leave unquoted."""
-    return str(key).lower() if isinstance(key, bool) else str(key) if isinstance(key, int) else key
+    if isinstance(key, bool):
+        return str(key).lower()
+    return str(key) if isinstance(key, int) and abs(key) < LARGEST else key
 
 
 def _spell(hint: Any) -> str:

@@ -126,7 +126,7 @@ def test_refused(keys: dict[str, Any], sentence: str, ids: Tensor, tmp_path: Pat
 @pytest.mark.parametrize(
     ("edit", "sentence"),
     [
-        ({"peft_type": "IA3"}, "of type IA3"),
+        ({"peft_type": "IA3"}, "of type 'IA3'"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     ],
     ids=["type", "pissa"],

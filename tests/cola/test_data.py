@@ -325,7 +325,7 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         {"format": "text"},
         r"Row 2 of .*: text is empty, but must be text",
     ),
-    "number-cell": ("a.jsonl", [{"text": 1}, {"text": 2}], {}, r"Row 1 of .*: text is '1' \(int\), but must be text"),
+    "number-cell": ("a.jsonl", [{"text": 1}, {"text": 2}], {}, r"Row 1 of .*: text is 1 \(int\), but must be text"),
     "mixed-cell": ("a.jsonl", [{"text": "a"}, {"text": ["b"]}], {}, r"Row 2 of .*text is .*\(list\), but must be text"),
     "list-in-template": (
         "a.jsonl",
