@@ -173,9 +173,7 @@ def test_methods_are_listed(cola: Cola) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_can_be_pasted_into_a_configuration(
-    config_file: Callable[..., str], tmp_path: Path, cola: Cola
-) -> None:
+def test_ranks_can_be_pasted_into_a_configuration(config_file: Callable[..., str], tmp_path: Path, cola: Cola) -> None:
     import yaml
 
     from cola_fast import config
