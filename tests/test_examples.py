@@ -73,7 +73,7 @@ def test_qlora_yaml(wide_folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def run(name: str, model: Path, folder: Path) -> str:
-    """What it prints. Each runs in this process, which has imported transformers; the one that starts others does not."""
+    """What it prints. In this process, which has imported transformers; not so the one that starts processes."""
     script = ROOT / "examples" / f"{name}.py"
     if name != "two_processes":
         printed = io.StringIO()
