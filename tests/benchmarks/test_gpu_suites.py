@@ -181,13 +181,13 @@ def test_a_stage_out_of_time_is_killed_with_its_children_and_a_failed_one_record
     sleeper = f"import time; open({str(tmp_path / 'up')!r}, 'w').close(); time.sleep(99)"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}])"
     listed = [
-        gpu.Stage("slow", 0.5, ["-c", child]),
+        gpu.Stage("slow", 0.02, ["-c", child]),
         gpu.Stage("broken", 1.0, ["-c", "raise SystemExit(5)"]),
         gpu.Stage("good", 1.0, ["-c", "print('hello {seconds}')"]),
     ]
     monkeypatch.setattr(gpu, "GRACE", 0.0)
     monkeypatch.setattr(gpu, "stages", lambda out, quick: listed)
-    assert gpu.main(tmp_path / "out", 12.0, quick=True) == 1
+    assert gpu.main(tmp_path / "out", 300.0, quick=True) == 1
     stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
     assert [(s["stage"], s["status"], s["exit_code"]) for s in stages] == [
         ("slow", "out of time", None),
