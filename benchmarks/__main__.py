@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from .registry import SUITES, UNFINISHED, Charted, Options, Plotted
+from .registry import SUITES, UNFINISHED, Charted, Compared, Options, Plotted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,7 +114,9 @@ def _unfinished(out: Path | None, header: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     found = harness.read(out)
     same = all(found[key] == header[key] for key in ("suite", "quick"))
-    same = same and all(found["environment"][key] == header["environment"][key] for key in ("device", "commit"))
+    same = same and all(
+        found["environment"][key] == header["environment"][key] for key in ("device", "instructions", "commit")
+    )
     return found if same and (not found["complete"] or found.get("refused")) else {}
 
 
@@ -123,18 +125,21 @@ def _report(texts: Sequence[Path], page: Path) -> int:
 
     from . import harness, scaling
     from .page import page as drawn
-    from .report import fill, names
+    from .report import Quoted, beside, fill, names
 
     blocks = {"methods": methods.table(), **scaling.tables()}
     sections = []
     for name, entry in SUITES.items():
         suite, shown = entry.load(), []
+        found: dict[str, list[tuple[Any, str, Quoted | None]]] = {}
         for result in harness.read_results(name):
             tables = suite.tables(result)
             charts = cast(Charted, suite).charts(result) if hasattr(suite, "charts") else []
             shown.append((result, charts, tables))
+            quoted = cast(Compared, suite).quoted(result) if hasattr(suite, "quoted") else {}
             for block, table in tables.items():
-                blocks[block] = f"{blocks[block]}\n\n{table}" if block in blocks else table
+                found.setdefault(block, []).append((result, table, quoted.get(block)))
+        blocks |= {block: beside(results) for block, results in found.items()}
         sections.append((name, entry.question, shown))
     for block, table in blocks.items():
         print(f"<!-- benchmark:{block} -->\n{table}\n<!-- end -->\n")

@@ -28,7 +28,7 @@ from cola_kernels import nf4_dequantize
 
 from . import harness, trainers, workloads
 from .registry import Options
-from .report import describe, markdown
+from .report import Quoted, describe, markdown
 
 BASES = {"dense": False, "NF4": True}  # load_in_4bit
 DROPOUTS = (0.0, 0.05)
@@ -132,6 +132,10 @@ def _in_fp64(model: nn.Module, config: Config) -> nn.Module:
             exact = nf4_dequantize(value, torch.float32) if quantised else value.detach()
             truth.get_submodule(name).get_parameter(key).data.copy_(exact)
     return truth
+
+
+def quoted(result: Mapping[str, Any]) -> dict[str, Quoted]:
+    return {"drop_in": Quoted("accelerated / PEFT", [row["ratio"]["peft"]["median"] for row in result["rows"]])}
 
 
 # --- table ------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cola_fast.models import native_bf16
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 VERSIONS = ("torch", "triton", "transformers", "peft", "accelerate", "trl", "bitsandbytes", "liger-kernel", "unsloth")
@@ -190,6 +192,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def native_dtype() -> str:
+    """bf16 where the device has instructions for it, else fp32: what a suite measures in unless 16 bits are its
+    question."""
+    return "bf16" if native_bf16(device()) else "fp32"
+
+
 def environment() -> dict[str, Any]:
     """Everything needed to judge or repeat the numbers. The load average shows whether the machine was quiet."""
     name = torch.cuda.get_device_name() if device().type == "cuda" else _cpu_model()
@@ -198,8 +206,8 @@ def environment() -> dict[str, Any]:
         "gpu": device().type == "cuda",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability()
-        + (", AMX" if torch.cpu._is_amx_tile_supported() else ""),
+        "instructions": _instructions(),
+        "dtype": native_dtype(),
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{package: _version(package) for package in VERSIONS},
@@ -213,7 +221,8 @@ def environment() -> dict[str, Any]:
 
 def device_slug(env: Mapping[str, Any]) -> str:
     """For file names: `intel-xeon-processor-2-threads`. Results of one slug may be compared with each other."""
-    words = re.sub(r"\((r|tm)\)", "", f"{env['device']} {env['threads']} threads".lower())
+    forced = re.findall(r"\w+ forced", env.get("instructions", ""))
+    words = re.sub(r"\((r|tm)\)", "", f"{env['device']} {env['threads']} threads {' '.join(forced)}".lower())
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
 
 
@@ -245,6 +254,15 @@ def read_results(suite: str) -> list[dict[str, Any]]:
     """Of every device, in the order of the file names."""
     found = map(read, sorted(RESULTS.glob(f"{suite}-*.json")))
     return [result for result in found if result["suite"] == suite]
+
+
+def _instructions() -> str:
+    """What PyTorch uses of a CPU; `forced` where its variables hold it below what the CPU has."""
+    used = torch.backends.cpu.get_cpu_capability()
+    if not used.startswith("AVX512"):
+        return f"{used} forced" if torch.cpu._is_avx512_supported() else used
+    more = {"AVX512_BF16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
+    return ", ".join([used, *(name for name, there in more.items() if there)])
 
 
 def _cpu_model() -> str:

@@ -21,7 +21,7 @@ from cola_fast.models import load_model
 
 from . import harness
 from .registry import Options
-from .report import describe, markdown
+from .report import Quoted, describe, markdown
 
 ROUNDS = 5
 
@@ -67,6 +67,10 @@ def _disturb(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.fill_(1e-4)
+
+
+def quoted(result: Mapping[str, Any]) -> dict[str, Quoted]:
+    return {"knot-time": Quoted("cola_fast / PEFT", [result["ratio"]["peft"]["median"]])}
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, str]:

@@ -8,6 +8,8 @@ Forward and backward (dX, dA, dB) of the linears of SmolLM2-135M, one by one, fo
                 to fp32, multiplies there, and casts the sum back
     peft_bf16   the same with autocast_adapter_dtype=False, under a bf16 base only: bf16 adapters, which the optimizer
                 then updates in bf16. Faster than PEFT's default, and another training
+
+In bf16 and fp32; in fp32 alone on a CPU without instructions for bf16.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from . import harness
 from .charts import Bar, Chart
 from .layers import our_noise, peft_layers
 from .registry import Options
-from .report import describe, markdown, spread
+from .report import Quoted, describe, markdown, spread
 
 RANK, ALPHA, ROW = 8, 16.0, 32  # ROW: tokens of a sequence
 SHAPES = {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)}  # N, K
@@ -133,7 +135,8 @@ def all_sides(case: Case, dropout: float) -> dict[str, Side]:
 
 
 def _layers(quick: bool) -> list[dict[str, Any]]:
-    cases = list(product(DTYPES, DROPOUTS, TOKENS[:1] if quick else TOKENS, SHAPES))
+    dtypes = dict.fromkeys((harness.native_dtype(), "fp32"))
+    cases = list(product(dtypes, DROPOUTS, TOKENS[:1] if quick else TOKENS, SHAPES))
     rows = []
     for number, case in enumerate(cases, 1):
         harness.say(f"layer {number} of {len(cases)}")
@@ -173,6 +176,11 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         "linears-block": f"{_block_table(result['rows'])}\n\n{_BLOCK_NOTE} {describe(result)}",
         "linears-shapes": f"{_shape_table(result['rows'])}\n\n{describe(result)}",
     }
+
+
+def quoted(result: Mapping[str, Any]) -> dict[str, Quoted]:
+    ratios = [harness.Spread.of_ratio(block["ours"], block["peft"]).median for _, _, block in _blocks(result["rows"])]
+    return {"linears-block": Quoted("ours / PEFT", ratios)}
 
 
 _BLOCK_NOTE = (

@@ -21,7 +21,7 @@ from . import harness, legs
 from .charts import Bar, Chart
 from .legs import Leg
 from .registry import Options
-from .report import describe, markdown
+from .report import Quoted, describe, markdown
 from .workloads import Workload
 
 STEPS = 2  # the first allocates the optimizer's state; from the second on all are alike
@@ -94,11 +94,19 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         f"Most bytes held at once in {STEPS} steps, by {counted}, with the model's weights. All linears, fp32 factors "
         "and AdamW, sdpa attention on both sides; PEFT without prepare_model_for_kbit_training. Random weights."
     )
-    compared = [row for row in rows if "peft" in row["peak_bytes"]]
     return {
-        "memory-peak": f"{_peak_table(compared)}\n\n{note} {describe(result)}",
+        "memory-peak": f"{_peak_table(_compared(rows))}\n\n{note} {describe(result)}",
         "memory-model": f"{_model_table(rows)}\n\nThe same count. {describe(result)}",
     }
+
+
+def quoted(result: Mapping[str, Any]) -> dict[str, Quoted]:
+    peaks = [row["peak_bytes"] for row in _compared(result["rows"])]
+    return {"memory-peak": Quoted("cola_fast / PEFT, at the peak", [peak["ours"] / peak["peft"] for peak in peaks])}
+
+
+def _compared(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if "peft" in row["peak_bytes"]]
 
 
 def charts(result: Mapping[str, Any]) -> list[Chart]:

@@ -35,7 +35,7 @@ from cola_fast.models import needed_logits
 from . import harness
 from .charts import Bar, Chart
 from .registry import Options
-from .report import describe, markdown
+from .report import Quoted, describe, markdown
 from .workloads import Workload
 
 BETWEEN_KNOTS = 500  # steps
@@ -189,6 +189,15 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     return {
         "overhead-trainer": f"{_trainer_table(result['trainer'])}\n\n{_TRAINER_NOTE} {describe(result)}",
         "overhead-knot": f"{_knot_table(result['knots'])}\n\n{_KNOT_NOTE} {describe(result)}",
+    }
+
+
+def quoted(result: Mapping[str, Any]) -> dict[str, Quoted]:
+    trainers = [row["ratio"]["bare"]["median"] for row in result["trainer"]]
+    knots = [1 + row["share"] for row in result["knots"]]
+    return {
+        "overhead-trainer": Quoted("cola_fast.train / bare loop", trainers),
+        "overhead-knot": Quoted(f"a chain with a knot every {BETWEEN_KNOTS} steps / plain LoRA", knots),
     }
 
 

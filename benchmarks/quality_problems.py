@@ -16,7 +16,7 @@ from cola_fast.batches import batch_loss, candidate_scores, choice_batches, coll
 from cola_fast.data import load_data
 from cola_fast.demo import demo_config
 from cola_fast.encode import IGNORE
-from cola_fast.models import load_model, load_tokenizer, needed_logits, resolve_dtype
+from cola_fast.models import load_model, load_tokenizer, native_bf16, needed_logits
 
 from . import harness
 from .quality_arms import Problem
@@ -202,8 +202,7 @@ class Teacher:
 
 
 def _autocast(device: torch.device, *, enabled: bool = True) -> torch.autocast:
-    native = resolve_dtype("auto", device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and native_bf16(device))
 
 
 def _draw(linear: nn.Linear, seed: int) -> None:

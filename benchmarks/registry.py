@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     from .charts import Chart
+    from .report import Quoted
 
 
 UNFINISHED = 3  # exit code: the time was up; the same command goes on
@@ -51,6 +52,14 @@ class Charted(Protocol):
     """A suite whose results are bars on the page of `python -m benchmarks report`."""
 
     def charts(self, result: Mapping[str, Any]) -> list[Chart]: ...
+
+
+class Compared(Protocol):
+    """A suite with ratios that can be quoted, of one kind of machine beside another."""
+
+    def quoted(self, result: Mapping[str, Any]) -> dict[str, Quoted]:
+        """Name of a README block -> its ratios."""
+        ...
 
 
 @dataclass(frozen=True)

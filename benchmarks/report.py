@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 _BLOCK = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -43,13 +43,55 @@ def spread(values: Mapping[str, float]) -> str:
     return f"{values['median']:.2f} ({values['q1']:.2f} to {values['q3']:.2f})"
 
 
+def kind(result: Mapping[str, Any]) -> str:
+    """The kind of machine: its name, threads and instructions, and the dtype that is meant where none is named."""
+    env = result["environment"]
+    old = (
+        "bf16" if env.get("gpu") or "AMX" in env["instructions"] else "fp32"
+    )  # results from before it was written down
+    return f"{env['device']}, {env['threads']} threads ({env['instructions']}), {env.get('dtype', old)}"
+
+
 def describe(result: Mapping[str, Any]) -> str:
     """One line under a table: on what, with what, from which source."""
     env = result["environment"]
     versions = ", ".join(f"{name} {env[name]}" for name in ("torch", "transformers", "peft") if env[name])
     commit = f"{(env['commit'] or 'unknown')[:10]}{' with changes' if env['dirty'] else ''}"
     quick = " A quick run: not for publication." if result["quick"] else ""
-    return (
-        f"{env['device']}, {env['threads']} threads ({env['instructions']}); {versions}; "
-        f"commit {commit}, {env['date'][:10]}.{quick}"
-    )
+    return f"{kind(result)}; {versions}; commit {commit}, {env['date'][:10]}.{quick}"
+
+
+# --- several kinds of machine -----------------------------------------------------------------------------------------
+
+
+class Quoted(NamedTuple):
+    """The ratios that a block may be quoted by. More is worse."""
+
+    what: str  # is over what
+    values: Sequence[float]  # a case each
+
+
+def beside(results: Sequence[tuple[Mapping[str, Any], str, Quoted | None]]) -> str:
+    """A block: (result, table, its ratios) of each kind of machine, one below the other, and which kind does worst.
+
+    Of one kind, its table alone. Seconds of two kinds are not to be compared, ratios are: they stand first.
+    """
+    if len(results) == 1:
+        return results[0][1]
+    quoted = [(kind(result), ratios) for result, _, ratios in results if ratios is not None and ratios.values]
+    parts = [_quote(quoted)] if quoted else []
+    for result, table, _ in results:
+        parts += [f"**{kind(result)}**", table]
+    return "\n\n".join(parts)
+
+
+def _quote(quoted: Sequence[tuple[str, Quoted]]) -> str:
+    spans = [
+        f"{_span(ratios.values)} on {name}" for name, ratios in sorted(quoted, key=lambda one: -max(one[1].values))
+    ]
+    return f"{quoted[0][1].what}, the worst kind of machine first: {'; '.join(spans)}."
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = (f"{end:.2f}" for end in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

@@ -4,7 +4,8 @@ Sides and settings stand in `trainers`, workloads in `workloads`: random weights
 run in turn, A B C, C B A, ...; on a GPU each run is a process of its own and its peak memory is counted with it.
 Losses have to agree before a time is shown. A run that is out of time keeps its legs, and goes on from them.
 
-`demo` is the real thing on a CPU: `cola demo`'s model and sentences, whose losses must agree in fp32 and bf16.
+`demo` is the real thing on a CPU: `cola demo`'s model and sentences, whose losses must agree in fp32, and in bf16 where
+the CPU has it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cola_fast.models import resolve_dtype
+from cola_fast.models import DTYPES, resolve_dtype
 
 from . import harness, legs, trainers, workloads
 from .charts import Bar, Chart
 from .legs import Leg
 from .registry import Options
-from .report import describe, markdown, spread
+from .report import Quoted, describe, markdown, spread
 from .trainers import TITLES, Problem
 from .workloads import Workload
 
@@ -86,7 +87,7 @@ def run(options: Options) -> dict[str, Any]:
     size = Size(1, 3, 1) if options.quick else Size(2, 4, 1) if kind == "cpu" else Size(2, 15, 5)
     found = dict(options.found)
     measured: dict[str, Any] = {"demo": found.get("demo"), "legs": found.get("legs", {}), "rows": [], "refused": []}
-    measured["peak_flops"] = found.get("peak_flops") or _peak_flops()
+    measured["peak_flops"] = found.get("peak_flops") or _peak_flops(256 if options.quick else 2048)
     if measured["demo"] is None and kind == "cpu" and not options.quick:
         measured["demo"] = _demo()
     left = 0
@@ -139,15 +140,16 @@ def _summarise(measured: dict[str, Any], rounds: int) -> None:
         )
 
 
-def _peak_flops() -> dict[str, Any]:
+def _peak_flops(size: int) -> dict[str, Any]:
     """What utilisation is a share of: the data sheet's, or where there is none, what a large plain product reaches."""
     name = harness.environment()["device"]
     for known, flops in PEAK_FLOPS.items():
         if name.startswith(known):
             return {"flops": flops, "source": "data sheet"}
-    a = torch.randn(2048, 2048, device=harness.device(), dtype=torch.bfloat16)
+    dtype = harness.native_dtype()
+    a = torch.randn(size, size, device=harness.device(), dtype=DTYPES[dtype])
     seconds = min(harness.timed(lambda: a @ a, 3) for _ in range(5))
-    return {"flops": 2 * 2048**3 / seconds, "source": "a plain bf16 product of 2048^3 on this machine"}
+    return {"flops": 2 * size**3 / seconds, "source": f"a plain {dtype} product of {size}^3 on this machine"}
 
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
@@ -156,7 +158,8 @@ def _peak_flops() -> dict[str, Any]:
 def _demo(rounds: int = 5, steps: int = 6) -> dict[str, Any]:
     harness.say("the losses of both trainers on the demo")
     parity, exact = {}, None
-    for dtype, tolerance in TOLERANCES.items():
+    for dtype in dict.fromkeys(("fp32", harness.native_dtype())):
+        tolerance = TOLERANCES[dtype]
         problem = Problem(workloads.demo(4, dtype), span=1)
         ours, peft = (trainers.SIDES[name](problem, _unwatched).losses for name in ("ours", "peft"))
         exact = exact or peft  # of the first dtype
@@ -194,6 +197,15 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     if result["demo"] is not None:
         found["train-demo"] = f"{_demo_table(result['demo'])}\n\n{_demo_note(result['demo'])} {describe(result)}"
     return found
+
+
+def quoted(result: Mapping[str, Any]) -> dict[str, Quoted]:
+    what, demo = "cola_fast / transformers Trainer + PEFT", result["demo"]
+    steps = [row["ratio"]["peft"]["median"] for row in result["rows"] if "peft" in row["ratio"]]
+    return {
+        "train-step": Quoted(what, steps),
+        "train-demo": Quoted(what, [] if demo is None else [demo["ratio"]["peft"]["median"]]),
+    }
 
 
 def _table(result: Mapping[str, Any]) -> str:
@@ -265,11 +277,14 @@ def _demo_table(demo: Mapping[str, Any]) -> str:
 
 
 def _demo_note(demo: Mapping[str, Any]) -> str:
-    fp32, bf16 = (demo["parity"][dtype] for dtype in ("fp32", "bf16"))
+    fp32, bf16 = demo["parity"]["fp32"], demo["parity"].get("bf16")
+    in_16 = "; the CPU has no instructions for bf16."
+    if bf16:
+        in_16 = f"; in bf16 ours came within {bf16['difference']:.1%} of those, PEFT's within {bf16['of_peft']:.1%}."
     return (
         f"SmolLM2-135M on the demo's sentences, {demo['dtype']} with fp32 adapters on all linears, "
         f"{demo['attention']} attention, {demo['tokens_per_step']:.0f} tokens a step, the same batches, optimizer and "
-        f"clipping in all; {len(demo['samples']['ours'])} interleaved runs of {demo['timed_steps']} timed steps. Before"
-        f" any timing, the losses of the first {len(fp32['ours'])} steps agreed to {fp32['difference']:.0e} in fp32; "
-        f"in bf16 ours came within {bf16['difference']:.1%} of those, PEFT's within {bf16['of_peft']:.1%}."
+        f"clipping in all; {len(demo['samples']['ours'])} interleaved runs of {demo['timed_steps']} timed steps. "
+        f"Before any timing, the losses of the first {len(fp32['ours'])} steps agreed to {fp32['difference']:.0e} in "
+        f"fp32{in_16}"
     )

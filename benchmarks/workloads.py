@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,12 @@ class Workload:
     packing: bool = False  # rows of several sequences, of an eighth to a half of a row each
     rank: int = 16
     dropout: float = 0.0
-    dtype: str = "bf16"
+    dtype: str = field(default_factory=harness.native_dtype)
     targets: str | tuple[str, ...] = "all-linear"
 
     def __str__(self) -> str:
-        words = [self.model, "QLoRA" if self.in_4bit else self.dtype, f"{self.batch} x {self.length}"]
+        kind = self.dtype if not self.in_4bit else "QLoRA" if self.dtype == "bf16" else f"QLoRA in {self.dtype}"
+        words = [self.model, kind, f"{self.batch} x {self.length}"]
         words += [f"R = {self.rank}", f"dropout {self.dropout:g}"]
         words += ["checkpointing"] * self.checkpointing + ["packed"] * self.packing
         words += [] if isinstance(self.targets, str) else [" and ".join(self.targets)]

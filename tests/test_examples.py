@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -70,9 +73,18 @@ def test_qlora_yaml(wide_folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def run(name: str, model: Path, folder: Path) -> str:
+    """What it prints. In this process, which has imported transformers; not so the one that starts processes."""
+    script = ROOT / "examples" / f"{name}.py"
+    if name != "two_processes":
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", [str(script), str(model)])
+            runpy.run_path(str(script), run_name="__main__")
+        return printed.getvalue()
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / f"{name}.py"), str(model)],
+        [sys.executable, str(script), str(model)],
         cwd=folder, env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -93,11 +93,11 @@ def test_the_gate_sees_another_dropout_mask() -> None:
 # --- the README -------------------------------------------------------------------------------------------------------
 
 
-def _result(quick: bool = False) -> dict[str, Any]:
+def _result(quick: bool = False, peft: float = 4e-3) -> dict[str, Any]:
     rows = [
         {"case": f"{dtype} {shape}", "dtype": dtype, "dropout": 0.0, "tokens": 512, "shape": shape}
         | harness.summarise(
-            {"frozen": [1e-3, 1e-3], "ours": [2e-3, 2e-3], "peft": [4e-3, 4e-3]}
+            {"frozen": [1e-3, 1e-3], "ours": [2e-3, 2e-3], "peft": [peft, peft]}
             | ({"peft_bf16": [3e-3, 3e-3]} if dtype == "bf16" else {}),
             "ours",
         )
@@ -127,16 +127,40 @@ def test_report_writes_the_readme_from_the_results_alone(
     assert "<!-- benchmark:linears-shapes -->" in capsys.readouterr().out
 
 
-def test_a_second_device_adds_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kinds_of_cpu_stand_below_each_other_and_the_worst_is_quoted_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    for device in ("One", "Two"):
-        result = _result()
-        result["environment"]["device"] = device
+    kinds = {"One": ("AVX512, AMX", "bf16", 4e-3), "Two": ("AVX2", "fp32", 2.5e-3), "Three": ("AVX2", "fp32", 8e-3)}
+    for device, (instructions, dtype, peft) in kinds.items():
+        result = _result(peft=peft)
+        result["environment"] |= {"device": device, "threads": 2, "instructions": instructions, "dtype": dtype}
         harness.write_result(harness.result_path("linears", result["environment"]), result)
     (tmp_path / "README.md").write_text(README)
     assert main(["report", "--into", str(tmp_path / "README.md"), "--page", str(tmp_path / "page.html")]) == 0
-    text = (tmp_path / "README.md").read_text()
-    assert text.count("One, ") == text.count("Two, ") == 2
+    block, _, shapes = (tmp_path / "README.md").read_text().partition("between")
+    for text in (block, shapes):
+        for device, (instructions, dtype, _) in kinds.items():
+            assert f"**{device}, 2 threads ({instructions}), {dtype}**\n\n|  |" in text
+    assert (
+        "ours / PEFT, the worst kind of machine first: 0.80 on Two, 2 threads (AVX2), fp32; 0.50 on One, 2 threads "
+        "(AVX512, AMX), bf16; 0.25 on Three, 2 threads (AVX2), fp32.\n"
+    ) in block
+    assert "worst kind" not in shapes
+
+
+def test_what_is_quoted_is_a_block_of_the_suite_and_a_committed_result_has_it() -> None:
+    """The ratios of every committed result can be found, and stand in a block."""
+    quoting = {}
+    for name, entry in SUITES.items():
+        suite: Any = entry.load()
+        if hasattr(suite, "quoted"):
+            for result in harness.read_results(name):
+                quoted, tables = suite.quoted(result), suite.tables(result)
+                assert quoted.keys() <= tables.keys()
+                assert all(0 < value < 10 for ratios in quoted.values() for value in ratios.values)
+                quoting[name] = quoted
+    assert quoting.keys() == {"train", "linears", "memory", "overhead", "drop_in", "knot_time"}
 
 
 def test_a_suite_without_a_result_says_that_it_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

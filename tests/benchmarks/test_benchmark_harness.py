@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import harness, linears, memory, train, workloads
 from benchmarks.harness import ParityError, Spread, device_slug, interleave, require_close, require_parity, summarise
+from benchmarks.registry import Options
+from benchmarks.workloads import Workload
 
 
 def test_sides_alternate_and_the_warm_up_is_dropped() -> None:
@@ -82,3 +86,71 @@ def test_losses_have_to_agree_step_by_step() -> None:
 
 def test_device_slug_tells_machines_apart() -> None:
     assert device_slug({"device": "Intel(R) Xeon(R) Processor", "threads": 2}) == "intel-xeon-processor-2-threads"
+
+
+# --- kinds of CPU -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about CPUs")
+@pytest.mark.parametrize(
+    ("used", "has", "instructions", "dtype", "ends"),
+    [
+        ("AVX2", "", "AVX2", "fp32", "2-threads"),
+        ("AVX2", "avx512 avx512_bf16 amx_tile", "AVX2 forced", "fp32", "2-threads-avx2-forced"),
+        ("DEFAULT", "avx512", "DEFAULT forced", "fp32", "2-threads-default-forced"),
+        ("AVX512", "avx512", "AVX512", "fp32", "2-threads"),
+        ("AVX512", "avx512 avx512_bf16", "AVX512, AVX512_BF16", "bf16", "2-threads"),
+        ("AVX512", "avx512 avx512_bf16 amx_tile", "AVX512, AVX512_BF16, AMX", "bf16", "2-threads"),
+    ],
+    ids=["avx2", "avx2 forced", "none forced", "avx512", "bf16", "amx"],
+)
+def test_a_kind_of_cpu_is_described_by_what_is_used_of_it(
+    used: str, has: str, instructions: str, dtype: str, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
+    for name in ("avx512", "avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in has.split())
+    env = harness.environment()
+    assert (env["instructions"], env["dtype"]) == (instructions, dtype)
+    assert device_slug({**env, "device": "AMD EPYC", "threads": 2}) == f"amd-epyc-{ends}"
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["bf16", "fp32"])
+def test_suites_measure_in_what_is_native(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bf16 is emulated, a suite that multiplied in it would take hours, and measure nothing that anybody does."""
+    monkeypatch.setattr(harness, "native_bf16", lambda device: native)
+    name = "bf16" if native else "fp32"
+    for suite in (train, memory):
+        for quick in (True, False):
+            chosen = [workload for workload, _ in suite.cases("cpu", quick=quick)]
+            assert {workload.dtype for workload in chosen} <= {name, "fp32"}
+            assert chosen[0].dtype == name
+            assert len(set(map(str, chosen))) == len(chosen)
+    assert f" {name} " in train._peak_flops(8)["source"]
+    monkeypatch.setattr(linears, "_layer", lambda dtype, *case, rounds: {"dtype": dtype})
+    assert {row["dtype"] for row in linears.run(Options(quick=True))["rows"]} == {name, "fp32"}
+
+
+def test_a_4_bit_workload_names_the_dtype_it_computes_in() -> None:
+    said = [str(Workload("tiny", 64, 2, in_4bit=True, dtype=dtype)) for dtype in ("bf16", "fp32")]
+    assert [line.split(", ")[1] for line in said] == ["QLoRA", "QLoRA in fp32"]  # bf16 is the paper's
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["bf16", "fp32"])
+def test_the_demo_s_losses_are_compared_in_what_is_native(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked:
+        def __init__(self, dtype: str, span: int | None = None) -> None:
+            self.config = SimpleNamespace(model=SimpleNamespace(dtype=dtype))
+            self.attention, self.tokens_per_step = "sdpa", 16.0
+
+    monkeypatch.setattr(harness, "native_bf16", lambda device: native)
+    monkeypatch.setattr(workloads, "demo", lambda steps, dtype: dtype)
+    monkeypatch.setattr(train, "Problem", Asked)
+    monkeypatch.setattr(
+        train.trainers, "SIDES", dict.fromkeys(train.DEMO_SIDES, lambda *_: train.trainers.Times([1.0], [2.0, 1.0]))
+    )
+    demo = train._demo(rounds=1)
+    assert list(demo["parity"]) == (["fp32", "bf16"] if native else ["fp32"])
+    said = train._demo_note(demo)
+    assert ("in bf16 ours came within" in said) == native
+    assert ("no instructions for bf16" in said) != native

@@ -90,7 +90,12 @@ def test_cases_are_distinct_and_the_target_comes_first(full: bool) -> None:
 
 
 @pytest.mark.parametrize("suite", ["lora_linear", "kernels", "convergence"])
-def test_no_time_leaves_a_whole_file_that_is_gone_on_from(suite: str, tmp_path: Path) -> None:
+def test_no_time_leaves_a_whole_file_that_is_gone_on_from(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `convergence` trains and compiles is in the rehearsal below."""
+    monkeypatch.setattr(convergence, "_train", lambda size, dtype, seed: [1.0 + seed] * size.steps)
+    monkeypatch.setattr(convergence, "_compiled", lambda *_: {"passed": True, "worst_gradient": 0.0, "allowed": 0.0})
     out = tmp_path / "out.json"
     command = ["run", suite, "--quick", "--out", str(out)]
     assert main([*command, "--seconds", "-1"]) == UNFINISHED
@@ -176,13 +181,13 @@ def test_a_stage_out_of_time_is_killed_with_its_children_and_a_failed_one_record
     sleeper = f"import time; open({str(tmp_path / 'up')!r}, 'w').close(); time.sleep(99)"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}])"
     listed = [
-        gpu.Stage("slow", 0.5, ["-c", child]),
+        gpu.Stage("slow", 0.02, ["-c", child]),
         gpu.Stage("broken", 1.0, ["-c", "raise SystemExit(5)"]),
         gpu.Stage("good", 1.0, ["-c", "print('hello {seconds}')"]),
     ]
     monkeypatch.setattr(gpu, "GRACE", 0.0)
     monkeypatch.setattr(gpu, "stages", lambda out, quick: listed)
-    assert gpu.main(tmp_path / "out", 12.0, quick=True) == 1
+    assert gpu.main(tmp_path / "out", 300.0, quick=True) == 1
     stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
     assert [(s["stage"], s["status"], s["exit_code"]) for s in stages] == [
         ("slow", "out of time", None),

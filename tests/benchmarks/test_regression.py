@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,15 @@ def test_the_last_committed_result_is_that_of_the_device(monkeypatch: pytest.Mon
 def test_a_slowed_op_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def slow(*arguments: Any, **options: Any) -> Any:
-        time.sleep(0.03)  # far above what the op takes, and what a busy machine adds to it
+    now = itertools.count(step=1e-3)  # a clock of the test's own: it goes on when it is read, and by the op
+
+    def op(reads: int, *arguments: Any, **options: Any) -> Any:
+        for _ in range(reads):
+            next(now)
         return lora_linear(*arguments, **options)
 
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr("cola_fast.grouping.lora_linear", partial(op, 1))
     monkeypatch.setattr(linears, "_layers", lambda quick: [linears._layer("fp32", 0.0, 64, "k, v", rounds=5)])
     committed: list[dict[str, Any]] = []
     monkeypatch.setattr(regression, "last_committed", lambda suite, env: committed[0] if committed else None)
@@ -75,7 +82,7 @@ def test_a_slowed_op_fails_the_command(
     command = ["run", "linears", "--out", str(tmp_path / "out.json")]
     assert main(command) == 0
     committed.append(harness.read(tmp_path / "out.json"))
-    monkeypatch.setattr("cola_fast.grouping.lora_linear", slow)
+    monkeypatch.setattr("cola_fast.grouping.lora_linear", partial(op, 30))
     assert main(command) == 1
     assert "rows / k, v, fp32, dropout 0.0, 64 tokens" in capsys.readouterr().err
 

@@ -12,9 +12,9 @@ Everything heavy is imported once; each command forks a child, so a run starts i
     {..., "full_at_file": "links/.001"}         the disk is full then
     {..., "double": true}                       in fp64
 
-Answers {"killed": bool, "codes": [int], "code": the worst, "operations": [n], "refusals": [UserError or null], "rows":
-[rows folded by each rank], "seconds": s}. Operations are what a power cut can fall between: every fsync and rename,
-every half-written file, and every module that is folded.
+Answers {"killed": bool, "codes": [int], "code": the worst, "operations": [n], "folds": [which operations of the first
+rank fold a module], "refusals": [UserError or null], "rows": [rows folded by each rank], "seconds": s}. Operations are
+what a power cut can fall between: every fsync and rename, every half-written file, and every module that is folded.
 """
 
 from __future__ import annotations
@@ -50,8 +50,12 @@ transformers.utils.logging.disable_progress_bar()
 plot.draw = lambda run: run  # slow, and not what is tested here
 
 
-def count_operations(kill_at: int | None, kill_file: str | None, full_file: str | None) -> Callable[[], int]:
+def count_operations(
+    kill_at: int | None, kill_file: str | None, full_file: str | None
+) -> Callable[[], tuple[int, list[int]]]:
+    """A function that says how many operations were done, and which of them were folds."""
     done = 0
+    folds: list[int] = []
 
     def tick() -> None:
         nonlocal done
@@ -61,6 +65,8 @@ def count_operations(kill_at: int | None, kill_file: str | None, full_file: str 
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keys: Any) -> Any:
+            if function.__name__ == "fold":
+                folds.append(done)
             tick()
             return function(*args, **keys)
 
@@ -88,7 +94,7 @@ def count_operations(kill_at: int | None, kill_file: str | None, full_file: str 
         whole(path, data)
 
     store._write_synced = in_halves
-    return lambda: done
+    return lambda: (done, folds)
 
 
 def run(command: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def run(command: dict[str, Any]) -> dict[str, Any]:
         child, status = os.wait()
         statuses[children.pop(child)] = status
         if os.WIFSIGNALED(status):  # the others notice that it is gone, without a launcher that ends them
-            signal.alarm(60)
+            signal.alarm(300)  # a hang, however busy the machine
     signal.alarm(0)
     answers = [json.loads(os.read(read, 1 << 16) or b"{}") for read in pipes]
     for read in pipes:
@@ -125,6 +131,7 @@ def run(command: dict[str, Any]) -> dict[str, Any]:
         "codes": codes,
         "code": max(codes, key=abs),
         "operations": [answer.get("operations", 0) for answer in answers],
+        "folds": answers[0].get("folds", []),
         "refusals": [answer.get("refusal") for answer in answers],
         "rows": [answer.get("rows", 0) for answer in answers],
         "seconds": time.monotonic() - started,
@@ -147,7 +154,8 @@ def train(command: dict[str, Any], rank: int, answer: int) -> NoReturn:
     except UserError as error:
         refusal, code = str(error), 2
     finally:
-        found = {"operations": operations(), "refusal": refusal, "rows": rows()}
+        done, folds = operations()
+        found = {"operations": done, "folds": folds, "refusal": refusal, "rows": rows()}
         os.write(answer, json.dumps(found).encode())
         os._exit(code)
 

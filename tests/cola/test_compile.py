@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cola_fast import attach
 
@@ -31,19 +32,33 @@ def train_one_step(model: nn.Module, function: Callable[..., Any], ids: Tensor) 
     return results
 
 
+class Pair(nn.Module):
+    """Two layers that read the same input, and little else: the compiler is paid for by the operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q_proj, self.k_proj = nn.Embedding(64, 32), nn.Linear(32, 24), nn.Linear(32, 24)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Any:
+        x = self.embed(ids)
+        return CausalLMOutputWithPast(loss=(self.q_proj(x) * self.k_proj(x)).sum())
+
+
 @pytest.mark.parametrize(
-    ("backend", "dropout", "targets"),
+    ("make", "backend", "dropout", "targets"),
     [
-        ("aot_eager", 0.0, "all-linear"),
-        ("aot_eager", 0.2, ["q_proj", "k_proj"]),
-        pytest.param("inductor", 0.2, ["q_proj", "k_proj"], marks=INDUCTOR),
+        (tiny_llama, "aot_eager", 0.0, "all-linear"),
+        (tiny_llama, "aot_eager", 0.2, ["q_proj", "k_proj"]),
+        pytest.param(Pair, "inductor", 0.2, ["q_proj", "k_proj"], marks=INDUCTOR),
     ],
     ids=["aot_eager", "aot_eager, dropout", "inductor, dropout"],
 )
-def test_a_llama_compiles_without_a_graph_break(ids: Tensor, backend: str, dropout: float, targets: Any) -> None:
+def test_a_model_compiles_without_a_graph_break(
+    ids: Tensor, make: Callable[..., nn.Module], backend: str, dropout: float, targets: Any
+) -> None:
     """Also once the layers have been grouped: traced, each runs alone, with its own mask, as in a first step."""
     torch._dynamo.reset()
-    model = tiny_llama(num_hidden_layers=1, use_cache=False).train()
+    model = make(**({"num_hidden_layers": 1, "use_cache": False} if make is tiny_llama else {})).train()
     disturb(attach(model, targets=targets, dropout=dropout))
     eager = copy.deepcopy(model)
     expected = train_one_step(eager, eager, ids)

@@ -12,7 +12,7 @@ import pytest
 from ..conftest import snapshot
 from .conftest import sealed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("killed")]  # one process is the parent of every run
 
 
 def finish(worker: Callable[..., dict[str, Any]], config: str) -> None:
@@ -28,8 +28,9 @@ def test_killed_at_every_sub_step(
         "data__eval": None,
         "data__eval_share": 0,
         "schedule__links": 2,
-        "schedule__steps": 4,
+        "schedule__steps": 2,
         "train__batch_size": 4,
+        "train__save_every": 1,
     }
     whole = worker(config_file(out=str(tmp_path / "whole"), **short))
     assert whole["code"] == 0
@@ -50,7 +51,7 @@ def test_killed_at_random_moments(
     worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path
 ) -> None:
     """Dropout, evaluation, best checkpoints and step-down included; some runs are killed several times."""
-    long = {"schedule__ranks": [3, 2, 1], "schedule__steps": 36, "train__eval_every": 5}
+    long = {"schedule__ranks": [3, 2, 1], "schedule__steps": 18, "train__eval_every": 5}
     for name in ("whole", "again"):  # the first also measures how long imports and caches take; the second, a run
         whole = worker(config_file(out=str(tmp_path / name), **long))
         assert whole["code"] == 0
@@ -58,7 +59,7 @@ def test_killed_at_random_moments(
     assert sealed(tmp_path / "again") == expected
     source = random.Random()
     kills = runs = 0
-    while kills < 20:
+    while kills < 12:
         runs += 1
         assert runs < 60, "the runs end before they can be killed"
         run = tmp_path / f"killed-{runs}"
@@ -86,7 +87,7 @@ def test_interrupted_and_resumed_at_each_step(
     keys = {**chosen, "schedule__links": 2, "schedule__steps": 4}
     whole = worker(config_file(out=str(tmp_path / "whole"), **keys))
     assert whole["code"] == 0
-    for n in range(20, whole["operations"][0], 7):
+    for n in range(20, whole["operations"][0], 11):
         run = tmp_path / f"killed-{n}"
         config = config_file(out=str(run))
         worker(config, kill_at_operation=n)
@@ -101,9 +102,12 @@ def test_killed_on_a_4_bit_base(
     """Amid a fold, too. The second link is trained on the codes that the first one's fold left: equal hashes say that
     those are equal."""
     keys = {"model__name": str(wide_folder), "model__load_in_4bit": True, "chain__base": base, "schedule__links": 2}
+    keys |= {"data__eval": None, "data__eval_share": 0}
     whole = worker(config_file(out=str(tmp_path / "whole"), schedule__steps=4, **keys))
     assert whole["code"] == 0
-    for n in range(20, whole["operations"][0], 5):
+    first, *_, last = whole["folds"]
+    assert len(whole["folds"]) >= 2 * 4  # of two links, on four layers
+    for n in sorted({first + 1, last, *range(20, whole["operations"][0], 12)}):
         run = tmp_path / f"killed-{n}"
         config = config_file(out=str(run))
         assert worker(config, kill_at_operation=n)["killed"]

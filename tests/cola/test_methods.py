@@ -205,7 +205,11 @@ def test_every_method_learns(
     """With its own presets, except that ReLoRA's warm-up has to fit into a link of 30 steps, and that the moments it
     keeps diverge at the others' learning rate."""
     run_config(name, raw_config, wide_folder)
-    keys = {"schedule__rewarm": 10} if name == "relora" else {}
+    keys = {
+        "train__save_every": 1000,
+        "train__log_every": 1000,
+        **({"schedule__rewarm": 10} if name == "relora" else {}),
+    }
     steps = 240 if name in SLOW_LEARNERS else 120
     path = config_file(schedule__steps=steps, schedule__lr=0.001 if name == "relora" else 0.005, **keys)
     result = trainer.train(config.load(path), quiet=True)

@@ -30,6 +30,7 @@ from ..conftest import tiny_llama
 from .conftest import sealed
 
 LINKS = 2
+ONE_WORKER = pytest.mark.xdist_group("killed")  # the undisturbed runs are made once, by the process of test_crash.py
 TWO: dict[str, Any] = {"processes": 2}
 SHARDED = {"train": {"shard": True}}
 
@@ -104,6 +105,7 @@ def require_close(runs: Runs, name: str) -> None:
 
 
 @pytest.mark.slow
+@ONE_WORKER
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_train_the_links_of_one(runs: Runs, whole: dict[str, Any], name: str) -> None:
     """Dropout masks included; and both report the single process's scores and losses."""
@@ -115,6 +117,7 @@ def test_two_processes_train_the_links_of_one(runs: Runs, whole: dict[str, Any],
 
 
 @pytest.mark.slow
+@ONE_WORKER
 def test_a_knot_costs_a_sharded_process_half(runs: Runs, whole: dict[str, Any]) -> None:
     """Of the rows; and what is reported is the fold of all of them."""
     (rows,) = whole["single"]["rows"]
@@ -142,6 +145,7 @@ def test_rows_are_rounded_as_in_the_whole_weight(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+@ONE_WORKER
 def test_killed_in_knots_and_resumed(runs: Runs, whole: dict[str, Any]) -> None:
     """One sharded run: rank 1 dies as it folds link 0, then rank 0 as it seals link 1, and both times the other one
     ends, too. Resumed in two processes, the links are those of the undisturbed run, bit for bit."""
@@ -158,6 +162,7 @@ def test_killed_in_knots_and_resumed(runs: Runs, whole: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@ONE_WORKER
 def test_resumed_in_another_number_of_processes(runs: Runs, whole: dict[str, Any]) -> None:
     """Two processes begin; rank 0 cannot seal link 1, and both end with the one sentence. One process goes on, with
     nothing sharded."""

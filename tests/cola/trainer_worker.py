@@ -105,5 +105,11 @@ def run(command: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    _ = trl.SFTTrainer, trl.SFTConfig  # imported when first asked for: have them before the first fork
+    warm = False
     for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)
+        command = json.loads(line)
+        if not warm:  # the model's own module, too
+            transformers.AutoModelForCausalLM.from_pretrained(command["model"])
+            warm = True
+        print(json.dumps(run(command)), flush=True)

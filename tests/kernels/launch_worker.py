@@ -48,6 +48,7 @@ class NoGPU:
 
 
 SHAPES = [(1, 1, 1, 1), (1, 72, 40, 1), (5, 40, 1, 3), (2, 16, 16, 16)]  # M, K, N, R
+DROPOUTS = [(0.0, 2**-16), (2**-16,), (0.0,), (0.0, 2**-16)]  # of each shape; 2^-16 is a threshold of 1
 
 
 def linear(m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: float) -> None:
@@ -105,8 +106,8 @@ def main() -> None:
         compiled.add(hash)
 
     CompiledKernel.__init__ = counted
-    for m, k, n, r in SHAPES:
-        for dropout in (0.0, 2**-16):  # a threshold of 1
+    for (m, k, n, r), dropouts in zip(SHAPES, DROPOUTS, strict=True):
+        for dropout in dropouts:
             linear(m, k, n, r, torch.bfloat16, dropout)
         merge(k, n, r, torch.bfloat16, "stochastic")
         gemm(k, n, r)
