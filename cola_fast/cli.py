@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="change the demo's configuration")
     demo.add_argument("--4bit", action="store_true", dest="in_4bit",
                       help="on NF4 weights, in runs/demo-4bit; base=nf4 folds the links into them")  # fmt: skip
+    demo.add_argument("--size", metavar="NAME", help="full or half, instead of what suits this machine's speed")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train a chain, or resume one", formatter_class=raw,
@@ -272,7 +273,7 @@ def _demo(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from .demo import demo
 
-    return demo(options.overrides, _run_training, in_4bit=options.in_4bit)
+    return demo(options.overrides, _run_training, in_4bit=options.in_4bit, size=options.size)
 
 
 def _quiet_libraries() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from . import world
-from .batches import batch_loss, candidate_scores, choice_batches, eval_batches
+from .batches import Batch, batch_loss, candidate_scores, choice_batches, eval_batches
 from .encode import Example
 from .layout import wants_flat
 from .models import needed_logits
 from .modes import evaluating
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,21 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int) -> Score:
+def evaluate(
+    model: Any, examples: Sequence[Example], *, batch_size: int, tell: Callable[[float], object] | None = None
+) -> Score:
     """Leaves the model in its mode and draws no random numbers: training goes on as if it had not happened. Several
-    processes share the batches, and all get the score."""
+    processes share the batches, and all get the score.
+
+    tell: called after every batch with the share of all tokens that is done, such as a `Progress`.
+    """
     device = next(model.parameters()).device
     total, correct = torch.zeros(2, dtype=torch.float64, device=device)
     labelled = 0
     with evaluating(model):
         if examples[0].candidates:
-            for choice, counts in world.dealt(choice_batches(examples, batch_size)):
+            choices = choice_batches(examples, batch_size)
+            for choice, counts in world.dealt(_told(choices, lambda choice: choice.batch, tell)):
                 choice = choice.to(device)
                 scores = candidate_scores(needed_logits(model, choice.batch), choice)  # [E, C]
                 if counts:
@@ -43,7 +51,8 @@ def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int) -> Sco
                     correct += (scores.argmax(1) == choice.answers).sum()
                     labelled += choice.gold_tokens
         else:
-            for batch, counts in world.dealt(eval_batches(examples, batch_size, flat=wants_flat(model))):
+            batches = eval_batches(examples, batch_size, flat=wants_flat(model))
+            for batch, counts in world.dealt(_told(batches, lambda batch: batch, tell)):
                 batch = batch.to(device)
                 loss, count = batch_loss(needed_logits(model, batch), batch)
                 if counts:
@@ -53,3 +62,16 @@ def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int) -> Sco
     world.sum_([sums])
     loss_sum, right, count = sums.tolist()
     return Score(loss_sum / count, right / len(examples) if examples[0].candidates else None, len(examples))
+
+
+def _told(items: Iterable[T], batch: Callable[[T], Batch], tell: Callable[[float], object] | None) -> Iterator[T]:
+    """The same items. An item is done when the next one is asked for."""
+    if tell is None:
+        yield from items
+        return
+    everything = list(items)
+    done, total = 0, sum(batch(item).tokens for item in everything)
+    for item in everything:
+        yield item
+        done += batch(item).tokens
+        tell(done / total)
