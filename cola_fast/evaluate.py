@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import world
-from .batches import Batch, batch_loss, candidate_scores, choice_batches, eval_batches
+from .batches import batch_loss, candidate_scores, choice_batches, eval_batches
 from .encode import Example
 from .layout import wants_flat
 from .models import needed_logits
@@ -43,7 +44,7 @@ def evaluate(
     with evaluating(model):
         if examples[0].candidates:
             choices = choice_batches(examples, batch_size)
-            for choice, counts in world.dealt(_told(choices, lambda choice: choice.batch, tell)):
+            for choice, counts in world.dealt(_told(choices, lambda choice: len(choice.answers), examples, tell)):
                 choice = choice.to(device)
                 scores = candidate_scores(needed_logits(model, choice.batch), choice)  # [E, C]
                 if counts:
@@ -52,7 +53,7 @@ def evaluate(
                     labelled += choice.gold_tokens
         else:
             batches = eval_batches(examples, batch_size, flat=wants_flat(model))
-            for batch, counts in world.dealt(_told(batches, lambda batch: batch, tell)):
+            for batch, counts in world.dealt(_told(batches, lambda _: batch_size, examples, tell)):
                 batch = batch.to(device)
                 loss, count = batch_loss(needed_logits(model, batch), batch)
                 if counts:
@@ -64,14 +65,14 @@ def evaluate(
     return Score(loss_sum / count, right / len(examples) if examples[0].candidates else None, len(examples))
 
 
-def _told(items: Iterable[T], batch: Callable[[T], Batch], tell: Callable[[float], object] | None) -> Iterator[T]:
-    """The same items. An item is done when the next one is asked for."""
-    if tell is None:
-        yield from items
-        return
-    everything = list(items)
-    done, total = 0, sum(batch(item).tokens for item in everything)
-    for item in everything:
-        yield item
-        done += batch(item).tokens
-        tell(done / total)
+def _told(
+    batches: Iterable[T], sizes: Callable[[T], int], examples: Sequence[Example], tell: Callable[[float], object] | None
+) -> Iterator[T]:
+    """The same batches, which take the longest examples first. One is done when the next is asked for."""
+    tokens = list(itertools.accumulate(sorted(map(len, examples), reverse=True)))
+    done = 0
+    for batch in batches:
+        yield batch
+        done = min(done + sizes(batch), len(tokens))
+        if tell is not None:
+            tell(tokens[done - 1] / tokens[-1])
