@@ -5,11 +5,12 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+READY := $(VENV)/.installed
+STAMP := $(VENV)/.installed-tests
 
 .PHONY: demo test lint aot bench clean
 
-demo: $(STAMP)
+demo: $(READY)
 	$(BIN)/cola demo
 
 test: $(STAMP)
@@ -27,10 +28,15 @@ aot: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks cpu
 
-$(STAMP): setup.py pyproject.toml
+# The demo does not wait for what only tests need. --no-compile: Python compiles what is imported, when it is.
+$(READY): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[tests]"
+	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[demo]"
+	touch $(READY)
+
+$(STAMP): $(READY)
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[tests]"
 	touch $(STAMP)
 
 clean:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +15,8 @@ from .encode import Example
 from .layout import wants_flat
 from .models import needed_logits
 from .modes import evaluating
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,21 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int) -> Score:
+def evaluate(
+    model: Any, examples: Sequence[Example], *, batch_size: int, tell: Callable[[float], object] | None = None
+) -> Score:
     """Leaves the model in its mode and draws no random numbers: training goes on as if it had not happened. Several
-    processes share the batches, and all get the score."""
+    processes share the batches, and all get the score.
+
+    tell: called after every batch with the share of all tokens that is done, such as a `Progress`.
+    """
     device = next(model.parameters()).device
     total, correct = torch.zeros(2, dtype=torch.float64, device=device)
     labelled = 0
     with evaluating(model):
         if examples[0].candidates:
-            for choice, counts in world.dealt(choice_batches(examples, batch_size)):
+            choices = choice_batches(examples, batch_size)
+            for choice, counts in world.dealt(_told(choices, lambda choice: len(choice.answers), examples, tell)):
                 choice = choice.to(device)
                 scores = candidate_scores(needed_logits(model, choice.batch), choice)  # [E, C]
                 if counts:
@@ -43,7 +52,8 @@ def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int) -> Sco
                     correct += (scores.argmax(1) == choice.answers).sum()
                     labelled += choice.gold_tokens
         else:
-            for batch, counts in world.dealt(eval_batches(examples, batch_size, flat=wants_flat(model))):
+            batches = eval_batches(examples, batch_size, flat=wants_flat(model))
+            for batch, counts in world.dealt(_told(batches, lambda _: batch_size, examples, tell)):
                 batch = batch.to(device)
                 loss, count = batch_loss(needed_logits(model, batch), batch)
                 if counts:
@@ -53,3 +63,16 @@ def evaluate(model: Any, examples: Sequence[Example], *, batch_size: int) -> Sco
     world.sum_([sums])
     loss_sum, right, count = sums.tolist()
     return Score(loss_sum / count, right / len(examples) if examples[0].candidates else None, len(examples))
+
+
+def _told(
+    batches: Iterable[T], sizes: Callable[[T], int], examples: Sequence[Example], tell: Callable[[float], object] | None
+) -> Iterator[T]:
+    """The same batches, which take the longest examples first. One is done when the next is asked for."""
+    tokens = list(itertools.accumulate(sorted(map(len, examples), reverse=True)))
+    done = 0
+    for batch in batches:
+        yield batch
+        done = min(done + sizes(batch), len(tokens))
+        if tell is not None:
+            tell(tokens[done - 1] / tokens[-1])

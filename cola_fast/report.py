@@ -101,14 +101,20 @@ def dry_run(config: Config) -> str:
     return "\n".join(lines)
 
 
-def score_run(folder: str | Path, *, best: bool = False, trust_remote_code: bool = False) -> list[dict[str, Any]]:
-    """Scores of the base, after each link, with the open link if there is one, and of the merged export reloaded."""
+def score_run(
+    folder: str | Path, *, best: bool = False, merged: Path | None = None, trust_remote_code: bool = False
+) -> list[dict[str, Any]]:
+    """Scores of the base, after each link, with the open link if there is one, and of the merged export reloaded.
+
+    merged: the run's own merged export, where there is one already; otherwise one is made for this.
+    """
     from .best import load_best
     from .construct import load_chain
     from .data import load_data
-    from .evaluate import evaluate
     from .models import context_length, load_model, load_tokenizer
+    from .progress import Progress
     from .run import read_run
+    from .scores import Scores
     from .store import given_path
 
     run = given_path(folder)
@@ -117,36 +123,31 @@ def score_run(folder: str | Path, *, best: bool = False, trust_remote_code: bool
     data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
     if not data.test:
         raise UserError(f"{run} has no test or validation rows: set data.test or data.eval, or data.eval_share.")
-    rows: list[dict[str, Any]] = []
-
-    def score(name: str, scored: Any, **more: Any) -> None:
-        result = evaluate(scored, data.test, batch_size=config.train.eval_batch_size)
-        rows.append(
-            {"model": name, "loss": result.loss, "accuracy": result.accuracy, "examples": result.examples, **more}
-        )
-
-    chain = load_chain(model, run, links=0)
-    score("base", model)
-    for entry in record["links"]:
-        chain.replay(1)
-        ranks = sorted(set(entry["ranks"].values()))
-        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        count = entry["index"] + 1
-        score(f"after {count} link{'s' if count > 1 else ''}", model, rank=rank, retained=entry["fold"].get("retained"))
-    chain.detach(discard=True)
-    del chain, model
-    with tempfile.TemporaryDirectory() as temporary:
-        chain = load_chain(load_model(config.model), run)
-        if chain.open_link is not None:
-            score("with the open link", chain.model)
-        target = chain.export_merged(Path(temporary) / "merged")
-        del chain
+    with tempfile.TemporaryDirectory() as temporary, Progress("scoring", parts=1 + len(record["links"])) as progress:
+        scores = Scores(data.test, batch_size=config.train.eval_batch_size, progress=progress)
+        chain = load_chain(model, run, links=0)
+        scores.add("base", model)
+        for entry in record["links"]:
+            chain.replay(1)
+            ranks = sorted(set(entry["ranks"].values()))
+            rank, count = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}", entry["index"] + 1
+            name = f"after {count} link{'s' if count > 1 else ''}"
+            scores.add(name, model, rank=rank, retained=entry["fold"].get("retained"))
+        chain.detach(discard=True)
+        del chain, model
+        if merged is None:
+            chain = load_chain(load_model(config.model), run)
+            if chain.open_link is not None:
+                scores.add("with the open link", chain.model)
+            merged = chain.export_merged(Path(temporary) / "merged")
+            del chain
         gc.collect()
-        exported = replace(config.model, name=str(target), gguf_file=None, revision=None, load_in_4bit=False)
-        score("merged export", load_model(exported))
-    if best:
-        score("best checkpoint", load_best(load_model(config.model), run).model)
-    return rows
+        exported = replace(config.model, name=str(merged), gguf_file=None, revision=None, load_in_4bit=False)
+        scores.add("merged export", load_model(exported))
+        if best:
+            gc.collect()
+            scores.add("best checkpoint", load_best(load_model(config.model), run).model)
+    return scores.rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -158,6 +159,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "accuracy": ("accuracy", "{:.3f}".format),
         "retained": ("kept by the fold", "{:.3f}".format),
         "examples": ("examples", str),
+        "same_as": ("same weights as", str),
     }
     used = [key for key in columns if any(row.get(key) is not None for row in rows)]
     cells = [[columns[key][0] for key in used]]

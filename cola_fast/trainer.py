@@ -55,13 +55,12 @@ from .prepare import (
     rehearse,
     require_vocabulary,
 )
+from .progress import SECONDS_BETWEEN_LINES, Progress
 from .record import newest_state, read_record
 from .run import CONFIG_KEY, Run, recorded
 from .schedule import Schedule
 from .sharding import shard
 from .signals import collected_signals
-
-SECONDS_BETWEEN_LINES = 15
 
 
 @dataclass
@@ -358,7 +357,9 @@ class _Loop:
             return
         self._check_losses()
         at, began = self.at, time.perf_counter()
-        self.score = evaluate(self.model, self.data.eval, batch_size=self.config.train.eval_batch_size)
+        with Progress(f"step {at.step}: validating", quiet=self.quiet) as progress:
+            size = self.config.train.eval_batch_size
+            self.score = evaluate(self.model, self.data.eval, batch_size=size, tell=progress)
         self.logged_at += time.perf_counter() - began  # tokens per second are those of training
         self._log({"event": "eval", "step": at.step, "link": at.link, **asdict(self.score)})
         self._say(f"step {at.step}: validation {self.score}")
