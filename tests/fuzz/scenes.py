@@ -305,7 +305,7 @@ def configurations(world: World, source: random.Random) -> Found:
         raw = yaml.safe_load(path.read_text())
         holder, key = source.choice([place for place in damage._places(raw) if place[1] != "out"])
         holder[key] = source.choice(damage.STRANGE)
-        path.write_text(yaml.safe_dump(raw))
+        path.write_text(json.dumps(raw))  # which is YAML, too
         what = f"{key} is {str(holder[key])[:40]!r}"
     else:
         what = damage.of_bytes(source, path)
