@@ -7,7 +7,7 @@ of that is refused here while the document is composed, before a value is made.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -32,7 +32,7 @@ def problem(error: yaml.YAMLError) -> str:
 
 class _Loader(yaml.SafeLoader):
     # without dates: a folder may be called 2024-01-01
-    yaml_implicit_resolvers: ClassVar[Any] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012  as PyYAML types it
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

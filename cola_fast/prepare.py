@@ -59,8 +59,8 @@ def require_vocabulary(model: nn.Module, data: Data) -> None:
     rows = embedding.weight.shape[0]
     if largest >= rows:
         raise UserError(
-            f"The tokenizer gives token {largest}, and has {data.vocabulary}, but the model has embeddings of {rows} "
-            "tokens: use the model's own tokenizer, or resize its embeddings and save it first."
+            f"The tokenizer gives token {largest}, but the model has embeddings of {rows} tokens (and the tokenizer "
+            f"has {data.vocabulary}): use the model's own tokenizer, or resize its embeddings and save it first."
         )
     if data.vocabulary > rows:
         data.notes.append(

@@ -345,7 +345,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_told() -> None:
         "the tokenizer has 70 tokens, but the model embeddings of 64: the data uses none of the others, but another "
         "text may"
     ]
-    with pytest.raises(UserError, match=r"gives token 64, and has 70, but the model has embeddings of 64 tokens"):
+    with pytest.raises(
+        UserError, match=r"gives token 64, but the model has embeddings of 64 tokens \(and the tokenizer has 70\)"
+    ):
         require_vocabulary(model, data(64, 70))
     assert Feed(inside.train, TrainConfig(batch_size=1), max_length=8)
 
