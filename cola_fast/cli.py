@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from . import world
@@ -76,13 +78,18 @@ examples, and print GeLoRA's rank for every block (arXiv 2412.09250). Writes thr
 """
 
 
+STOPPED = "stopped at once; the run folder is at its last saved state."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. What goes wrong with the user's input, files or machine is a sentence; a bug is a traceback."""
     kept = sys.stderr, warnings.showwarning
+    interrupted: list[int] = []
     sys.stderr = Sturdy(sys.stderr)  # a terminal that is gone does not end a run
     warnings.showwarning = _show_warning
     try:
-        code = _run(arguments)
+        with _noting_interrupts(interrupted):
+            code = _run(arguments)
         flush()
         return code
     except world.Told:
@@ -92,12 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PermissionError as error:
         return _say(f"{error.filename} is closed to this user: fix its permissions, or name another.")
     except KeyboardInterrupt:
-        return _say("stopped at once; the run folder is at its last saved state.", 130)
+        return _say(STOPPED, 130)
     except BrokenPipeError:  # `cola eval RUN | head`: nobody reads on
         drop_output()
         return 1
-    except OSError as error:
-        if error.filename is None:
+    except Exception as error:
+        if interrupted:  # libraries make an error of their own of it, amid an import
+            return _say(STOPPED, 130)
+        if not isinstance(error, OSError) or error.filename is None:
             raise
         return _say(f"{error.filename} could not be read or written ({error.strerror}): mend that, or name another.")
     finally:
@@ -117,6 +126,25 @@ def _run(arguments: Sequence[str] | None) -> int:
     with world.joined():
         world.lead(lambda: _require_one_process(options.command))
         return int(options.run(options) or 0)
+
+
+@contextmanager
+def _noting_interrupts(interrupted: list[int]) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as ever, and is noted."""
+
+    def note(number: int, frame: Any) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _say(sentence: str, code: int = 2) -> int:

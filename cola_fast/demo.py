@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock
 
-from . import assets, config, store
+from . import assets, config, console, store
 from .config import Config
 from .errors import UserError, near
 from .report import export_run, score_run, table
@@ -78,7 +77,7 @@ def demo(
     overrides: Sequence[str], train: Callable[[Config], int], *, in_4bit: bool = False, size: str | None = None
 ) -> int:
     """Fetch, train three links, table the scores, write both exports. Running it again resumes or shows the result."""
-    print("model and data: downloaded once and checked, then read from", assets.cache_folder(), flush=True)
+    console.show(f"model and data: downloaded once and checked, then read from {assets.cache_folder()}")
 
     def make(size: Size) -> Config:
         return demo_config(overrides, in_4bit=in_4bit, size=size)
@@ -91,11 +90,11 @@ def demo(
     exports = {to: run / "export" / to for to in ("adapter", "merged")}
     for to, folder in exports.items():
         if not folder.exists():
-            print(export_run(run, to), flush=True)
+            console.show(export_run(run, to))
     rows = score_run(run, merged=exports["merged"])
-    print("\nscores on the test sentences, each model rebuilt from the run folder:\n")
-    print(table(rows))
-    print(f"\n{_precision(rows[-1]['accuracy'], rows[-1]['examples'])}", flush=True)
+    console.show("\nscores on the test sentences, each model rebuilt from the run folder:\n")
+    console.show(table(rows))
+    console.show(f"\n{_precision(rows[-1]['accuracy'], rows[-1]['examples'])}")
     return 0
 
 
@@ -227,4 +226,4 @@ def _precision(accuracy: float | None, examples: int) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    console.tell(line)

@@ -33,11 +33,11 @@ class Geometry:
 
 def measure(config: Config) -> Geometry:
     """On the first `chain.gelora.examples` training examples of a configuration. Raises UserError as `train` does."""
-    from .data import load_data
-    from .models import context_length, load_model, load_tokenizer
+    from .models import load_model, load_tokenizer
+    from .prepare import read_data
 
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+    data = read_data(config, model, tokenizer)
     settings = config.chain.gelora
     examples = data.train[: settings.examples]
     batches = example_batches(examples, limit=settings.examples)
@@ -57,7 +57,7 @@ def table(found: Geometry) -> str:
 
 def write(found: Geometry, folder: str | Path) -> None:
     """ranks.yaml, ranks.json and ranks.png; files of those names are replaced."""
-    folder = Path(folder)
+    folder = store.given_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -16,12 +16,12 @@ from .batches import Feed
 from .calibration import Sample, draw
 from .chain import Chain
 from .config import Config
-from .data import Data
+from .data import Data, load_data
 from .errors import UserError
 from .layout import check_causal, check_packing, check_padding
 from .link import derive_seed
 from .methods import GRADIENT, RANKS, wanted_by
-from .models import load_model, resolve_device, resolve_dtype
+from .models import context_length, load_model, resolve_device, resolve_dtype
 from .optimizer import make_optimizer
 from .schedule import Schedule, plan
 
@@ -46,6 +46,13 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
         )
     feed = Feed(data.train, t, max_length=data.max_length, flat=flat, held=data.eval)
     return plan(config.schedule, rank=config.chain.r, steps_per_epoch=len(feed) / t.accumulation), feed
+
+
+def read_data(config: Config, model: nn.Module, tokenizer: Any) -> Data:
+    """The data as this model can take it: within its context and its vocabulary."""
+    data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+    require_vocabulary(model, data)
+    return data
 
 
 def require_vocabulary(model: nn.Module, data: Data) -> None:

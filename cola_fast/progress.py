@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 
 from tqdm import tqdm
+
+from . import console
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -30,6 +31,7 @@ class Progress:
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
             leave=False,
             smoothing=0,
+            file=console.errors(),
             disable=True if self.quiet else None,
         )
         return self
@@ -52,4 +54,4 @@ class Progress:
             self.said_at = now
             left = (self.parts - done) * (now - self.started) / done
             line = f"{self.what}{self.label}: {done / self.parts:.0%} done, {left:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
+            console.tell(line)

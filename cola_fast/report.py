@@ -38,15 +38,14 @@ def plan_run(config: Config) -> Plan:
     """Reads the data but no weights, writes nothing."""
     from .batches import collate
     from .construct import attach
-    from .data import load_data
     from .layout import wants_flat
     from .memory import estimate
-    from .models import context_length, load_empty_model, load_tokenizer, resolve_device, resolve_dtype
-    from .prepare import prepare, rehearse
+    from .models import load_empty_model, load_tokenizer, resolve_device, resolve_dtype
+    from .prepare import prepare, read_data, rehearse
 
     model = load_empty_model(config.model)
     tokenizer = load_tokenizer(config.model)
-    data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+    data = read_data(config, model, tokenizer)
     schedule, feed = prepare(config, data)
     c, t, in_4bit = config.chain, config.train, config.model.load_in_4bit
     ranks = [span.rank for span in schedule.spans]
@@ -110,8 +109,8 @@ def score_run(
     """
     from .best import load_best
     from .construct import load_chain
-    from .data import load_data
-    from .models import context_length, load_model, load_tokenizer
+    from .models import load_model, load_tokenizer
+    from .prepare import read_data
     from .progress import Progress
     from .run import read_run
     from .scores import Scores
@@ -120,7 +119,7 @@ def score_run(
     run = given_path(folder)
     record, config = read_run(run, trust_remote_code=trust_remote_code)
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+    data = read_data(config, model, tokenizer)
     if not data.test:
         raise UserError(f"{run} has no test or validation rows: set data.test or data.eval, or data.eval_share.")
     with tempfile.TemporaryDirectory() as temporary, Progress("scoring", parts=1 + len(record["links"])) as progress:

@@ -31,7 +31,7 @@ from .best import save_best
 from .chain import Chain
 from .config import Config
 from .construct import attach, rebuild
-from .data import Data, load_data
+from .data import Data
 from .errors import UserError, note
 from .evaluate import Score, evaluate
 from .layout import wants_flat
@@ -39,7 +39,6 @@ from .link import derive_seed
 from .methods import AFTER_STEP, GRADIENT, PERTURB, STATE, Step
 from .models import (
     checkpoint_activations,
-    context_length,
     load_tokenizer,
     needed_logits,
 )
@@ -52,8 +51,8 @@ from .prepare import (
     looked_at,
     original_model,
     prepare,
+    read_data,
     rehearse,
-    require_vocabulary,
 )
 from .progress import SECONDS_BETWEEN_LINES, Progress
 from .record import newest_state, read_record
@@ -106,8 +105,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
         with world.together():
             model, device = load_base(config)
             tokenizer = load_tokenizer(config.model)
-            data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
-            require_vocabulary(model, data)
+            data = read_data(config, model, tokenizer)
             schedule, feed = prepare(config, data, flat=wants_flat(model))
         with world.together():
             if device is not None:

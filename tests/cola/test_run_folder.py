@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,6 +200,24 @@ def test_a_terminal_that_is_gone_stops_nothing(stderr: str, config_file: Callabl
     done = subprocess.run(["bash", "-c", f"{command} {ends[stderr]}"], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0
     assert "1 links in 3 steps" in (tmp_path / "out").read_text()
+
+
+def test_ctrl_c_amid_an_import(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some libraries turn it into an error of their own."""
+
+    def importing(arguments: Any) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("Encountered an error while initializing the extension.") from None
+        return 0
+
+    monkeypatch.setattr(cli, "_run", importing)
+    assert cli.main(["train", "x.yaml"]) == 130
+    assert capsys.readouterr().err == "cola: stopped at once; the run folder is at its last saved state.\n"
+    monkeypatch.setattr(cli, "_run", lambda arguments: 1 // 0)
+    with pytest.raises(ZeroDivisionError):  # a bug stays one
+        cli.main(["train", "x.yaml"])
 
 
 def test_results_that_cannot_be_written(run: Path) -> None:
