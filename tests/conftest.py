@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,11 @@ if not torch.cuda.is_available():
     )  # triton decides at its import: the kernels run interpreted, on request
 
 torch.set_num_threads(1)  # tiny tensors; and two workers share two cores
+
+# Inductor's cache takes code for wide vectors for code for narrow ones where ATEN_CPU_CAPABILITY forces those, and half
+# of a result is then not written. So each kind has a cache of its own.
+KIND = f"{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability().lower()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor-{KIND}")))
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **keys: Any) -> nn.Module:

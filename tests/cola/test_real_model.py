@@ -15,6 +15,7 @@ from cola_fast import assets
 from cola_fast.config import ModelConfig
 from cola_fast.models import load_model, load_tokenizer
 
+BLOCKS = 3
 SENTENCES = ["The capital of France is Paris.", "a gorgeous , witty , seductive movie . It was"]
 
 
@@ -68,13 +69,16 @@ def test_tie_and_exports_keep_the_logits(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_accelerated_peft_is_within_the_error_rule() -> None:
-    """Logits and all gradients, in bf16 with fp32 adapters: err(ours) <= 2 err(PEFT) + 1e-6 against fp64."""
+    """Logits and all gradients, in bf16 with fp32 adapters: err(ours) <= 2 err(PEFT) + 1e-6 against fp64. Of the first
+    blocks: all thirty take half a minute where bf16 is emulated."""
     from peft import LoraConfig, get_peft_model
 
     batch = load_tokenizer(config())(SENTENCES[1:], return_tensors="pt")
     torch.manual_seed(0)
+    base = load_model(replace(config(), dtype="bf16"))
+    base.model.layers = base.model.layers[:BLOCKS]
     model = get_peft_model(
-        load_model(replace(config(), dtype="bf16")),
+        base,
         LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False),
     )
     for name, parameter in model.named_parameters():
@@ -92,7 +96,7 @@ def test_accelerated_peft_is_within_the_error_rule() -> None:
     exact = results(copy.deepcopy(model).double())
     theirs = results(model)
     report = cola_fast.accelerate_peft(model)
-    assert (len(report.replaced), len(report.left)) == (210, 0)
+    assert (len(report.replaced), len(report.left)) == (7 * BLOCKS, 0)
     ours = results(model)
     for part, truth in exact.items():
         assert not torch.equal(ours[part], theirs[part])

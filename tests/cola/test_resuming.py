@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from cola_fast import UserError, config, metrics, trainer
+from cola_fast import UserError, config, metrics, models, trainer
 from cola_fast.run import load_config
 
 from ..conftest import snapshot, tiny_llama
@@ -113,9 +112,9 @@ def test_the_dtype_stays_what_it_was(
 ) -> None:
     """`auto` is another dtype on the machine where the run is resumed."""
     path = config_file(model__dtype="auto")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(models, "native_bf16", lambda device: native)
     train_until(6, path)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not native)
+    monkeypatch.setattr(models, "native_bf16", lambda device: not native)
     seen = []
     load = trainer.load_base
     monkeypatch.setattr(trainer, "load_base", lambda c: seen.append(c.model.dtype) or load(c))
