@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from .layer import LoRALinear
 from .link import SealedLink
 from .opening import Settings
 from .record import load_state, read_record
-from .targets import select_modules
+from .targets import modules_named, select_modules
 
 
 def attach(
@@ -119,10 +118,9 @@ def rebuild(
         raise UserError(f"{folder} has {len(sealed)} sealed links, so links={links} cannot be loaded.")
     for link in sealed:
         link.require_fitting(record["modules"])
-    pattern = "|".join(re.escape(name) for name in record["modules"])
     settings = Settings(**{f.name: record[f.name] for f in fields(Settings) if f.name in record})
     settings.validate()
-    modules = select_modules(model, pattern)
+    modules = modules_named(model, record["modules"])
     found = {name: [module.out_features, module.in_features] for name, module in modules.items()}
     if found != record["modules"]:
         wrong = next(name for name in record["modules"] if found.get(name) != record["modules"][name])

@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import sre_parse as _sre
 
-LONGEST = 2000  # characters of a pattern
+LONGEST = 20_000  # characters of a pattern
 STEPS = 5_000  # for one name; patterns as people write them need tens
 
 

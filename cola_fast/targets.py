@@ -36,6 +36,16 @@ def select_modules(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
         wanted = [targets] if isinstance(targets, str) else list(targets)
         found = {name for pattern in wanted for name in _matching(pattern, modules)}
         chosen = [name for name in modules if name in found]
+    return _checked(model, modules, chosen)
+
+
+def modules_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+    """The same for full names. One that the model has not is left out."""
+    modules, wanted = {name: module for name, module in model.named_modules() if name}, set(names)
+    return _checked(model, modules, [name for name in modules if name in wanted])
+
+
+def _checked(model: nn.Module, modules: Mapping[str, nn.Module], chosen: Sequence[str]) -> dict[str, nn.Linear]:
     selected = {}
     adapted = {name for name, module in modules.items() if hasattr(module, "lora_A") and hasattr(module, "base_layer")}
     for name in chosen:

@@ -252,6 +252,13 @@ def test_a_chain_stays_where_it_was_saved(model: nn.Module, tmp_path: Path, monk
             export(".")
 
 
+def test_a_chain_on_many_modules_is_loaded(tmp_path: Path) -> None:
+    """Forty blocks: all names together are longer than any pattern that is taken."""
+    chain = attach(tiny_llama(num_hidden_layers=40), r=1, targets="all-linear")
+    chain.save(tmp_path / "run")
+    assert load_chain(tiny_llama(num_hidden_layers=40), tmp_path / "run").layers.keys() == chain.layers.keys()
+
+
 def test_a_saved_chain_can_move(saved: Path, tmp_path: Path, ids: Tensor) -> None:
     here = tiny_llama()
     load_chain(here, saved)
