@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_fast import UserError, attach, config, load_chain
+from cola_fast import UserError, attach, config, load_chain, store
 from cola_fast.best import load_best, save_best
 from cola_fast.chain import Chain
 from cola_fast.config import ModelConfig
@@ -411,9 +411,9 @@ def test_what_a_replay_needs(
     chain.tie()
     chain.save(tmp_path / "run")
     file = tmp_path / "run" / "chain.json"
-    record = json.loads(file.read_text())
+    record = store.read_sealed(file)[0]
     change(record)
-    file.write_text(json.dumps(record))
+    store.write_sealed(file, record)
     model = load()
     before = [m.weight.detach().clone() for m in model.modules() if isinstance(m, nn.Linear)]
     with pytest.raises(UserError, match=sentence):

@@ -122,7 +122,7 @@ def test_a_folder_in_the_place_of_a_file(ids: Tensor, tmp_path: Path) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp_path / "adapter" / name).unlink()
         (tmp_path / "adapter" / name).mkdir()
-        refused(tmp_path, rf"{name} (is damaged|cannot be read)", ids)
+        refused(tmp_path, rf"{name} (is damaged|is no file)", ids)
 
 
 def test_an_update_that_the_bases_dtype_cannot_hold(tmp_path: Path) -> None:

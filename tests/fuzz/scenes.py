@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
+import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,17 +220,20 @@ def writes(world: World, source: random.Random) -> Found:
 
 
 def _fail_at(number: int, code: int, lasting: bool) -> None:
-    """In this process, every function of the operating system by which the store writes."""
-    import os
+    def fail(count: int, args: Any) -> None:
+        if count == number or (lasting and count > number):
+            raise OSError(code, os.strerror(code), str(args[0]))
 
-    done = 0
+    _before_operations(fail)
+
+
+def _before_operations(hook: Callable[[int, Any], None]) -> None:
+    """In this process: call `hook` with their number and arguments before all operations by which the store writes."""
+    counter = itertools.count()
 
     def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keys: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done - 1 == number or (lasting and done > number):
-                raise OSError(code, os.strerror(code), str(args[0]))
+            hook(next(counter), args)
             return function(*args, **keys)
 
         return call
@@ -238,6 +245,36 @@ def _fail_at(number: int, code: int, lasting: bool) -> None:
 
     store.os = Os()  # type: ignore[assignment]
     store._write_synced = wrapped(store._write_synced)  # type: ignore[assignment]
+
+
+def kills(world: World, source: random.Random) -> Found:
+    """Killed one to three times, between any two operations or amid a file; then the run goes on to the same links, and
+    nothing is left behind."""
+    work = damage.fresh(world.folder / "killed", world.work)
+    if source.random() < 0.5:
+        shutil.rmtree(work / "run")
+    moments = [source.randrange(90) for _ in range(source.choice((1, 1, 2, 3)))]
+
+    def killed(moment: int) -> int:
+        def kill(count: int, args: Any) -> None:
+            if count == moment:
+                if len(args) == 2 and isinstance(args[1], bytes):
+                    args[0].write_bytes(args[1][: len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        _before_operations(kill)
+        return train(world)
+
+    for moment in moments:
+        forked.run(partial(killed, moment))
+    outcome = forked.run(lambda: train(world), lambda: links_of(world))
+    wrong = fault(outcome, lambda found: found == world.links)
+    if wrong is None and outcome.code != 0:
+        wrong = "it does not go on"
+    left = [str(p) for p in (work / "run").rglob(".*") if p.name != ".lock"]
+    if wrong is None and left:
+        wrong = f"left behind: {left}"
+    return Found("kills", f"before operations {moments}", wrong, outcome)
 
 
 def model_files(world: World, source: random.Random) -> Found:
@@ -338,7 +375,7 @@ def adapters(world: World, source: random.Random) -> Found:
 
 
 SCENES: dict[str, Callable[[World, random.Random], Found]] = {
-    scene.__name__: scene for scene in (run_folder, writes, model_files, data_files, configurations, adapters)
+    scene.__name__: scene for scene in (run_folder, writes, kills, model_files, data_files, configurations, adapters)
 }
 
 
