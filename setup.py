@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-demo = ["gguf>=0.10"]
+demo = ["accelerate>=1.0", "gguf>=0.10"]  # transformers reads GGUF files with both
 bitsandbytes = ["bitsandbytes>=0.46"]
 peers = ["peft>=0.19", "trl>=0.20", "accelerate>=1.0"]
 liger = ["liger-kernel>=0.8; platform_system == 'Linux'"]

@@ -10,6 +10,7 @@ Downloads are checked against a sha256, unpacked into the user's cache folder, a
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -155,10 +156,11 @@ def _convert_gguf(gguf: bytes, folder: Path) -> None:
 
     from .models import forget_gguf
 
-    try:
-        import gguf as _  # noqa: F401
-    except ImportError:
-        raise UserError("The demo's model is a GGUF file, which needs: pip install 'cola_fast[demo]'.") from None
+    missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"The demo's model is a GGUF file, which needs {' and '.join(missing)}: pip install 'cola_fast[demo]'."
+        )
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         (temporary / "model.gguf").write_bytes(gguf)
