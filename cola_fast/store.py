@@ -224,13 +224,15 @@ def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process. The operating system lets go of it if the process dies."""
     held = FileLock(folder / ".lock")
     try:
-        with disk_errors(folder / ".lock"), suppress(Timeout):
-            held.acquire(timeout=0)
-        if not held.is_locked:
-            raise UserError(
-                f"Another process is training in {folder}: wait for it or stop it, or set `out` to another folder."
-            )
-    except NotImplementedError:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"Another process is training in {folder}: wait for it or stop it, or set `out` to another folder."
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            with disk_errors(folder / ".lock"):
+                raise
         note(f"The file system of {folder} knows no locks: take care that no other process trains there.")
     try:
         yield

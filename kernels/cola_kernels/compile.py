@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -257,12 +258,35 @@ def check(case: Case, target: str) -> Row:
     return Row(target, case.label(), usage, ", ".join(failures))
 
 
+def sources() -> str:
+    """sha256 of every file of this package that a kernel is made from."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(f"{path.name}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def recorded(folder: Path, targets: list[str]) -> list[Row] | None:
+    """The rows that `write` kept in `folder` of just these sources and this compiler, for these targets. None if there
+    are none, and the kernels have to be compiled."""
+    path = folder / f"aot-triton-{'.'.join(triton.__version__.split('.')[:2])}.json"
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_bytes())
+    if (kept["triton"], kept.get("sources")) != (triton.__version__, sources()):
+        return None
+    rows = [Row(target, kernel, Usage(*usage), failure) for target, *usage, kernel, failure in kept["rows"]]
+    found = [row for row in rows if row.target in targets]
+    return found if {row.target for row in found} == set(targets) else None
+
+
 def write(path: Path, rows: list[Row]) -> None:
-    """As JSON, one line a row, with the compiler's version."""
+    """As JSON, one line a row, with the compiler's version and what was compiled."""
     lines = [json.dumps([row.target, *(row.usage or (None, None, None)), row.kernel, row.failure]) for row in rows]
     columns = json.dumps(["target", "registers", "spilled bytes", "shared bytes", "kernel", "failure"])
     body = ",\n  ".join(lines)
-    text = f'{{\n "triton": "{triton.__version__}",\n "columns": {columns},\n "rows": [\n  {body}\n ]\n}}\n'
+    about = f' "triton": "{triton.__version__}",\n "sources": "{sources()}",\n "columns": {columns},\n'
+    text = f'{{\n{about} "rows": [\n  {body}\n ]\n}}\n'
     path.write_text(text, encoding="utf-8")
 
 
@@ -271,12 +295,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", default="sm_80,sm_90,sm_100", help=f"of {', '.join(SHARED_LIMITS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, help="a JSON file for the rows")
+    parser.add_argument("--recorded", type=Path, help="a folder: compile nothing if its aot-triton-*.json is of these "
+                        "very sources and this compiler")  # fmt: skip
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     options = parser.parse_args(arguments)
     targets = options.targets.split(",")
     unknown = [target for target in targets if target not in SHARED_LIMITS]
     if unknown:
         parser.error(f"unknown targets {', '.join(unknown)}: choose among {', '.join(SHARED_LIMITS)}")
+    known = recorded(options.recorded, targets) if options.recorded and not options.only else None
+    if known is not None:
+        failed = sum(bool(row.failure) for row in known)
+        print(f"{len(known)} kernels are recorded of these sources and Triton {triton.__version__}, {failed} failed")
+        return 1 if failed else 0
     if backend.INTERPRET:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
     chosen = [(c, i) for i, c in enumerate(cases()) if options.only in c.name]

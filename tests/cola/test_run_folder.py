@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ import yaml
 from torch import nn
 
 from cola_fast import UserError, attach, cli, config, load_chain, metrics, report, shortage, store, trainer
+from cola_fast.errors import Note
 from cola_fast.record import state_files
 
 from ..conftest import disturb, snapshot, tiny_llama
@@ -165,6 +168,21 @@ def test_a_killed_export_leaves_nothing_for_long(model: nn.Module, tmp_path: Pat
     shutil.rmtree(tmp_path / "out")
     chain.export_adapter(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on, with a note; where there are locks, one that is taken is refused."""
+    with store.lock(tmp_path), pytest.raises(UserError, match="Another process is training in"), store.lock(tmp_path):
+        pass
+
+    def refused(*_: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.warns(Note, match="knows no locks: take care"), store.lock(tmp_path):
+        (tmp_path / "reached").touch()
+    assert (tmp_path / "reached").exists()
 
 
 # --- logs and terminals -----------------------------------------------------------------------------------------------

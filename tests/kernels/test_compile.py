@@ -45,6 +45,21 @@ def test_a_bad_row_fails_the_run():
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
+def test_a_record_is_believed_of_the_same_sources_and_compiler_only(tmp_path, monkeypatch):
+    row = aot.Row("sm_90", "sum fp32", aot.Usage(40, 0, 1024), "")
+    path = tmp_path / f"aot-triton-{'.'.join(aot.triton.__version__.split('.')[:2])}.json"
+    aot.write(path, [row, row._replace(target="sm_80", failure="SPILLS")])
+    assert aot.recorded(tmp_path, ["sm_90"]) == [row]
+    assert aot.recorded(tmp_path, ["sm_90", "sm_100"]) is None
+    arguments = ["--recorded", str(tmp_path), "--targets"]
+    assert [aot.main([*arguments, targets]) for targets in ("sm_90", "sm_90,sm_80")] == [0, 1]
+    monkeypatch.setattr(aot, "sources", lambda: "0" * 64)
+    assert aot.recorded(tmp_path, ["sm_90"]) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(aot.triton, "__version__", aot.triton.__version__ + ".1")
+    assert aot.recorded(tmp_path, ["sm_90"]) is None
+
+
 def test_unknown_target_is_named():
     result = run("--targets", "sm_75")
     assert result.returncode == 2
