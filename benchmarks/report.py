@@ -44,12 +44,11 @@ def spread(values: Mapping[str, float]) -> str:
 
 
 def kind(result: Mapping[str, Any]) -> str:
-    """The kind of machine: its name, threads and instructions, and the dtype that is meant where none is named."""
+    """The kind of machine: its name, threads and instructions, and the dtype that it multiplies natively, which is
+    meant where none is named."""
     env = result["environment"]
-    old = (
-        "bf16" if env.get("gpu") or "AMX" in env["instructions"] else "fp32"
-    )  # results from before it was written down
-    return f"{env['device']}, {env['threads']} threads ({env['instructions']}), {env.get('dtype', old)}"
+    before = "bf16" if env.get("gpu") or "AMX" in env["instructions"] else "fp32"  # it was written down
+    return f"{env['device']}, {env['threads']} threads ({env['instructions']}), natively {env.get('dtype', before)}"
 
 
 def describe(result: Mapping[str, Any]) -> str:

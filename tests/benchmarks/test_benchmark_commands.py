@@ -141,10 +141,10 @@ def test_kinds_of_cpu_stand_below_each_other_and_the_worst_is_quoted_first(
     block, _, shapes = (tmp_path / "README.md").read_text().partition("between")
     for text in (block, shapes):
         for device, (instructions, dtype, _) in kinds.items():
-            assert f"**{device}, 2 threads ({instructions}), {dtype}**\n\n|  |" in text
+            assert f"**{device}, 2 threads ({instructions}), natively {dtype}**\n\n|  |" in text
     assert (
-        "ours / PEFT, the worst kind of machine first: 0.80 on Two, 2 threads (AVX2), fp32; 0.50 on One, 2 threads "
-        "(AVX512, AMX), bf16; 0.25 on Three, 2 threads (AVX2), fp32.\n"
+        "ours / PEFT, the worst kind of machine first: 0.80 on Two, 2 threads (AVX2), natively fp32; 0.50 on One, "
+        "2 threads (AVX512, AMX), natively bf16; 0.25 on Three, 2 threads (AVX2), natively fp32.\n"
     ) in block
     assert "worst kind" not in shapes
 
