@@ -170,9 +170,10 @@ def test_a_killed_export_leaves_nothing_for_long(model: nn.Module, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks(error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run goes on, with a note; where there are locks, one that is taken is refused."""
+    """A run goes on, with a note; where there are locks, one that is taken is refused. (For ENOSYS, new versions of
+    filelock have a way of their own.)"""
     with store.lock(tmp_path), pytest.raises(UserError, match="Another process is training in"), store.lock(tmp_path):
         pass
 
