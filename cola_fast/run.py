@@ -28,9 +28,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FREE_TRAIN_KEYS = ("save_every", "log_every", "loggers", "eval_batch_size", "shard")
 FREE_DATA_KEYS = ("train", "eval", "test")
 FREE_KEYS = {"out", *(f"data.{key}" for key in FREE_DATA_KEYS), *(f"train.{key}" for key in FREE_TRAIN_KEYS)}
-# Keys that chain.json does not keep: where the model lies by now is config.yaml's to say, and whether its code may run
-# is the command line's.
-UNRECORDED_KEYS = FREE_KEYS | {"model.name", "model.trust_remote_code"}
+# Keys that chain.json does not keep: where the model lies by now, and the device it is scored on, are config.yaml's
+# to say; whether its code may run is the command line's.
+UNRECORDED_KEYS = FREE_KEYS | {"model.name", "model.device", "model.trust_remote_code"}
 
 
 class Run:
@@ -138,7 +138,11 @@ def _changes(record: Mapping[str, Any], config: Config) -> list[str]:
     if kept is None:
         return []
     now, defaults = recorded(config), recorded(Config())
-    pairs = {key: (kept.get(key, defaults.get(key)), now.get(key)) for key in dict.fromkeys([*now, *kept])}
+    pairs = {
+        key: (kept.get(key, defaults.get(key)), now.get(key))
+        for key in dict.fromkeys([*now, *kept])
+        if key not in UNRECORDED_KEYS
+    }
     return [f"{key} was {old!r}, is {new!r}" for key, (old, new) in pairs.items() if old != new]
 
 

@@ -61,6 +61,13 @@ def test_a_configuration_that_was_changed_with_the_run_s_copy(key: str, run: Pat
     assert snapshot(run) == before
 
 
+def test_a_run_is_exported_on_another_device_than_it_was_trained_on(run: Path) -> None:
+    """Trained on a GPU, exported where there is none: config.yaml says where."""
+    edit(run / "config.yaml", model__device="auto")
+    report.export_run(run, "adapter")
+    assert (run / "export" / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_code_of_somebody_else_s_folder_is_not_run(
     run: Path, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
