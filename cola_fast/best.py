@@ -71,7 +71,7 @@ def load_best(model: nn.Module, run: Path) -> Chain:
         raise UserError(f"{path} belongs to another chain than {run}: restore both from one copy.")
     folder = run / FOLDER / about["folder"]
     files = {name: store.read_checked(folder / name, digest) for name, digest in about["files"].items()}
-    factors, starts = peft_format.decode(files), {}
+    factors, starts, also = peft_format.decode(files), {}, peft_format.decode_also(files)
     strange = next((name for name in factors if name not in record["modules"]), None)
     if strange is not None:
         raise UserError(f"{folder} has a link on {strange}, which {run} does not cover: restore both from one copy.")
@@ -81,6 +81,8 @@ def load_best(model: nn.Module, run: Path) -> Chain:
         factors = {name: trained for name, (trained, _) in halves.items()}
         starts = {name: taken.negated() for name, (_, taken) in halves.items()}
     chain.open_with(factors, starts)
+    if chain.beside:
+        chain.beside.set(also, str(folder))
     return chain
 
 

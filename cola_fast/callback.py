@@ -109,6 +109,7 @@ class ChainCallback(TrainerCallback):
             )
         self._load_hook.remove()
         self._require_fresh(model)
+        self._require_in(optimizer)
         self.schedule = plan(replace(self.config, steps=state.max_steps), rank=self.chain.settings.r, steps_per_epoch=1)
         spans = self.schedule.spans
         for span in spans:
@@ -119,13 +120,13 @@ class ChainCallback(TrainerCallback):
                 f"The first link's rank is {spans[0].rank}, but the chain was opened with another: attach it with "
                 f"first_rank={spans[0].rank}."
             )
-        before = dict(self.chain.named_parameters())
+        before = dict(self.chain.link_parameters())
         if state.global_step:
             self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if self.chain.open_link is None:  # resumed at its very end, where the Trainer may take one step more
             self.chain.extend()
         # the state that the Trainer has loaded is that of the link which has been reopened
-        swap_parameters(optimizer, before, dict(self.chain.named_parameters()), keeps=lambda old, new: True)
+        swap_parameters(optimizer, before, dict(self.chain.link_parameters()), keeps=lambda old, new: True)
         if self.config.lr_span == "restart":
             restart_curve(lr_scheduler, args, spans)
 
@@ -137,11 +138,11 @@ class ChainCallback(TrainerCallback):
             return
         if state.global_step < sum(span.steps for span in spans[: tied + 1]):
             return
-        before = dict(self.chain.named_parameters())
+        before = dict(self.chain.link_parameters())
         self.chain.tie()
         if tied + 1 < len(spans):
             self.chain.extend(spans[tied + 1].rank)
-        after = dict(self.chain.named_parameters())
+        after = dict(self.chain.link_parameters())
         keep = self.config.optimizer_state == "keep"
         swap_parameters(optimizer, before, after, keeps=lambda old, new: keep and old.shape == new.shape)
 
@@ -208,6 +209,16 @@ class ChainCallback(TrainerCallback):
                 "Trainer's checkpoints could not be resumed: use `cola train` for it, or another init."
             )
 
+    def _require_in(self, optimizer: Any) -> None:
+        self.chain.require_all_kept()
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        left_out = next((name for name, p in self.chain.named_parameters() if p not in held), None)
+        if left_out is not None:
+            raise UserError(
+                f"The Trainer's optimizer does not hold {left_out}, which the chain trains: let the Trainer make it, or "
+                "make it from chain.parameters()."
+            )
+
     def _spans(self) -> list[dict[str, int]]:
         assert self.schedule is not None
         return [asdict(span) for span in self.schedule.spans]
@@ -226,16 +237,8 @@ def swap_parameters(
     Trainer expects.
 
     keeps: whether the new one (the second) inherits the old one's state; otherwise its own is empty, Adam's `step` too.
-
-    Raises UserError if the optimizer does not hold all of `before`.
     """
     names = {parameter: name for name, parameter in before.items()}
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    if not held.issuperset(names):
-        raise UserError(
-            "The Trainer's optimizer does not hold the open link's parameters: let the Trainer make it, or make it "
-            "from chain.parameters()."
-        )
     for group in optimizer.param_groups:
         group["params"] = [after.get(names[p], p) if p in names else p for p in group["params"]]
     for parameter, name in names.items():

@@ -24,6 +24,7 @@ from torch import nn
 
 from . import store, world
 from .bases import Base
+from .beside import Beside
 from .calibration import Batches, as_batches, look
 from .errors import UserError
 from .grouping import Grouping
@@ -33,8 +34,9 @@ from .methods import Pair
 from .modes import plainly
 from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of
 from .peft_format import Factors, task_type
-from .record import CHAIN_FILE, FORMAT, binding, folder_name, write_record, write_state
+from .record import CHAIN_FILE, FORMAT, START_FILE, binding, folder_name, write_record, write_state
 from .targets import short_targets
+from .untouched import Untouched
 
 if TYPE_CHECKING:
     from .export import ExportedAdapter
@@ -50,6 +52,7 @@ class Chain:
         base: Base,
         settings: Settings,
         identity: Mapping[str, Any],
+        beside: Beside,
     ) -> None:
         self.model, self.base, self.settings, self.identity = model, base, settings, dict(identity)
         self.links: list[SealedLink] = []
@@ -62,13 +65,16 @@ class Chain:
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self.grouping = Grouping()
         self._repacking = forbid_repacking(model)
+        self._were_trainable = [p for p in model.parameters() if p.requires_grad]
+        self.beside, self.layers = beside, {}
         try:
             self.layers = wrap_all(modules, self.grouping)
+            model.requires_grad_(False)
+            beside.open()
         except BaseException:
-            allow_repacking(self._repacking)
+            self._unwrap()
             raise
-        self._were_trainable = [p for p in model.parameters() if p.requires_grad]
-        model.requires_grad_(False)
+        self._untouched = Untouched(model, [*(layer.weight for layer in self.layers.values()), *beside.tensors()])
 
     # --- the open link ------------------------------------------------------------------------------------------------
 
@@ -147,7 +153,11 @@ class Chain:
         return self.open_link
 
     def reopen(self, state: Mapping[str, Any]) -> None:
-        """Open the next link as `save` found it."""
+        """As `save` found it: the next link, if one was open, and what is trained beside it."""
+        if self.beside:
+            self.beside.set(state.get("beside", {}), "The state")
+        if state["open"] is None:
+            return
         factors, starts = (
             {name: Factors(*f) for name, f in state.get(key, {}).items()} for key in ("factors", "starts")
         )
@@ -155,6 +165,11 @@ class Chain:
         self.grouping.restore(state.get("groups", ()), self.layers)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of the open link, then those trained beside it."""
+        yield from self.link_parameters()
+        yield from self.beside.named_parameters()
+
+    def link_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The open link's `<module>.lora_A`, `<module>.lora_B` and gates, without the frozen ones."""
         for name, layer in self.layers.items():
             for part in PARTS:
@@ -163,7 +178,8 @@ class Chain:
                     yield f"{name}.{part}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer should hold: the open link's trained factors. A new link has new ones."""
+        """What an optimizer should hold: the open link's trained factors, of which a new link has new ones, and what
+        `train_also` and `train_tokens` name."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def pairs(self) -> list[Pair]:
@@ -204,6 +220,7 @@ class Chain:
             raise UserError("There is no open link to tie: call extend() first.")
         self._require_complete()
         self._require_folded()
+        self.require_all_kept()
         index, difference = self.open_link.index, bool(self.open_link.starts)
 
         def seal() -> SealedLink:
@@ -263,13 +280,18 @@ class Chain:
             )
         for name, start in starts.items():
             self._take_out(len(self.links), name, start)  # put back
+        self._unwrap()
+        self.open_link = None
+        return self.model
+
+    def _unwrap(self) -> None:
         for layer in self.layers.values():
             layer.to_linear()
+        self.beside.close()
         for parameter in self._were_trainable:
             parameter.requires_grad_(True)
         allow_repacking(self._repacking)
-        self.layers, self.open_link = {}, None
-        return self.model
+        self.layers = {}
 
     def replay(self, count: int) -> None:
         """Fold the next `count` sealed links that `load_chain(..., links=n)` left out."""
@@ -288,6 +310,7 @@ class Chain:
         """
         self._require_layers()
         self._require_complete()
+        self.require_all_kept()
         folder = store.given_path(folder).absolute()  # later ties go there, wherever the process has moved to
         world.lead(lambda: self._write(folder, extra))
         self.folder = folder  # on every rank
@@ -303,6 +326,8 @@ class Chain:
             links = [replace(link) for link in self.links]
             for link in links:
                 link.write(folder / folder_name(link.index))
+            if self.beside:
+                store.write_file(folder / START_FILE, self.beside.start_file())
         factors = {name: tuple(f) for name, f in self.live_factors().items()}
         index, starts = (self.open_link.index, self.open_link.starts) if self.open_link is not None else (None, {})
         state = {
@@ -312,6 +337,7 @@ class Chain:
             "factors": factors,
             "starts": {name: tuple(f) for name, f in starts.items()},
             "groups": self.grouping.state(self.layers),
+            "beside": self.beside.values(),
             "extra": dict(extra or {}),
         }
         self.state = write_state(folder, state)
@@ -328,6 +354,7 @@ class Chain:
         """The whole chain as one PEFT adapter on the untouched base: exact, of the summed rank, or cut to `rank`."""
         from .export import export_adapter
 
+        self.require_all_kept()
         return export_adapter(self, store.given_path(folder).absolute(), rank)
 
     def export_merged(self, folder: str | Path, tokenizer: Any = None, *, onto: nn.Module | None = None) -> Path:
@@ -360,6 +387,8 @@ class Chain:
                 if report is not None:
                     reports[name] = report
             layer.folded += 1
+        if self.beside and not live:
+            self.beside.set(link.also(), str(link.folder or folder_name(link.index)))
         if reports:
             link.fold = summarise(reports)
 
@@ -392,6 +421,14 @@ class Chain:
                 "load_chain."
             )
 
+    def require_all_kept(self) -> None:
+        """Raises UserError if anything but the chain's own is trained or has changed: nobody would keep it."""
+        if not self.layers:  # detached
+            return
+        beside = (parameter for _, parameter in self.beside.named_parameters())
+        factors = (getattr(layer, part) for layer in self.layers.values() for part in PARTS)
+        self._untouched.require(self.model, [*beside, *(factor for factor in factors if factor is not None)])
+
     def _require_complete(self) -> None:
         if self.waiting:
             raise UserError(
@@ -407,6 +444,7 @@ class Chain:
             "base_revision": self.identity["revision"],
             "dropout": self.settings.dropout,
             "task_type": task_type(self.model),
+            "also": self.beside.also(),
         }
 
     def record(self, links: Sequence[SealedLink]) -> dict[str, Any]:
@@ -418,6 +456,7 @@ class Chain:
             "rounding": self.base.rounding,
             **asdict(self.settings),
             "modules": {name: list(shape) for name, shape in self._shapes().items()},
+            "beside": self.beside.record(),
             "links": [{**link.record(), "base_kind": self.base.kind} for link in links],
             "open": None if self.open_link is None or self.open_link.index != len(links) else len(links),
             "state": self.state,

@@ -52,25 +52,36 @@ def restore(chain: Chain, folder: Path) -> dict[str, Any]:
             f"{folder} belongs to base model {record['base']['name']}, but this model's weights differ from it: load "
             "the untouched base first."
         )
-    own = ("base", "links", "open", "state", "format", "about")  # not of how the chain was attached
-    changed = [key for key in expected if key not in own and record.get(key) != expected[key]]
+    before, now = _attached(record), _attached(expected)
+    changed = [key for key in now if before.get(key) != now[key]]
     if changed:
-        what = "; ".join(f"{key} was {record.get(key)!r}, is {expected[key]!r}" for key in changed[:3])
+        what = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed[:3])
         raise UserError(f"{folder} was made by a chain attached in another way ({what}): attach it as it was.")
     sealed = [SealedLink.from_record(entry, folder) for entry in record["links"]]
     for link in sealed:
         link.detach()
         link.require_fitting(record["modules"])
+        chain.beside.require_fitting(link.also(), str(folder))
+    start = chain.beside.read_start(folder, record.get("beside"))
     state = load_state(folder, record)
     if state is None or state["links"] != len(sealed):
         raise UserError(f"{folder} has no state of its last link: resume from an earlier checkpoint.")
+    chain.beside.require_fitting(state.get("beside", {}), str(folder))
     drop_open_link(chain)
+    chain.beside.begin_at(start)
     chain.waiting = sealed
     chain.replay(len(sealed))
-    if state["open"] is not None:
-        chain.reopen(state)
+    chain.reopen(state)
     extra: dict[str, Any] = state["extra"]
     return extra
+
+
+def _attached(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What chain.json says of how the chain was attached. A fresh head starts as another one in every process."""
+    of_its_course = ("base", "links", "open", "state", "format", "about")
+    kept = {key: value for key, value in record.items() if key not in of_its_course}
+    beside = record.get("beside")
+    return {**kept, "beside": beside and {key: value for key, value in beside.items() if key != "start"}}
 
 
 def drop_open_link(chain: Chain) -> None:

@@ -68,6 +68,8 @@ class ChainConfig:
     scaling: str = "lora"  # lora: scale = alpha / R; rslora: alpha / sqrt(R); constant: alpha / r
     dropout: float = 0.0
     targets: str | tuple[str, ...] = ("q_proj", "v_proj")  # module names, "all-linear", or a regular expression
+    train_also: str | tuple[str, ...] = ()  # modules trained whole beside the links: heads, embeddings, norms
+    train_tokens: tuple[int, ...] = ()  # tokens whose rows of the embeddings, and of the head, are trained beside them
     ranks: str = "uniform"  # uniform or gelora
     rank_pattern: dict[str, int] | None = None  # module name or pattern -> rank
     gelora: GeLoRAConfig = field(default_factory=GeLoRAConfig)

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from . import store
+from . import store, world
 from .bases import choose_base
+from .beside import choose_beside, recorded_beside
 from .calibration import Batches
 from .chain import Chain
 from .errors import UserError
@@ -42,6 +43,8 @@ def attach(
     gate: str | None = None,
     batches: Batches | None = None,
     original: nn.Module | None = None,
+    train_also: str | Sequence[str] = (),
+    train_tokens: Sequence[int] = (),
 ) -> Chain:
     """Freeze `model` and open link 0 on the targeted linears. The model's function does not change.
 
@@ -62,6 +65,10 @@ def attach(
         batches: with init="eva" or "lora-ga", a few training batches to look at, for this link and later ones: what
             the model's forward takes, with labels for lora-ga (`input_ids` and `labels` [B, T], `attention_mask`).
         original: with init="loftq", the 16-bit model that a 4-bit `model` was quantised from. It is not kept.
+        train_also: modules that are trained whole beside the links (a classification head, embeddings, norms), by name,
+            end of a name or regular expression; see `cola_fast.beside`. A head that no checkpoint has belongs here.
+        train_tokens: tokens whose rows of the embeddings, and of the output head, are trained beside the links, such as
+            those that `resize_token_embeddings` has made room for.
 
     Raises:
         UserError (a ValueError): see `cola_fast.targets` and `cola_fast.layer`. The model is then as it was.
@@ -74,8 +81,10 @@ def attach(
     settings.ranks(shapes, first_rank)
     settings = replace(settings, alpha=float(alpha), rank_pattern=dict(rank_pattern) if rank_pattern else None)
     kind = choose_base(base, rounding, modules.values())
-    chain = Chain(model, modules, kind, settings, base_identity(model))
+    beside = choose_beside(model, train_also, train_tokens, modules)
+    chain = Chain(model, modules, kind, settings, base_identity(model, beside), beside)
     try:
+        beside.begin_at(world.lead(beside.values))  # a fresh head is rank 0's everywhere
         chain.extend(first_rank, batches=batches, original=original)
     except BaseException:
         chain.detach(discard=True)
@@ -107,7 +116,8 @@ def rebuild(
 ) -> Chain:
     """The chain of `folder`, whose record and state have been read. See `load_chain`."""
     model = _bare(model)
-    actual = fingerprint(model)
+    beside = recorded_beside(model, record.get("beside"))
+    actual = fingerprint(model, beside)
     if actual != record["base"]["fingerprint"]:
         raise UserError(
             f"{folder} belongs to base model {record['base']['name']}, but this model's weights differ from it (or a "
@@ -118,6 +128,10 @@ def rebuild(
         raise UserError(f"{folder} has {len(sealed)} sealed links, so links={links} cannot be loaded.")
     for link in sealed:
         link.require_fitting(record["modules"])
+        beside.require_fitting(link.also(), str(link.folder))
+    start = beside.read_start(folder, record.get("beside"))
+    if state is not None:
+        beside.require_fitting(state.get("beside", {}), f"The newest state in {folder}")
     settings = Settings(**{f.name: record[f.name] for f in fields(Settings) if f.name in record})
     settings.validate()
     modules = modules_named(model, record["modules"])
@@ -129,11 +143,12 @@ def rebuild(
             f"{found.get(wrong, 'no such linear')} there: load the base that the chain was attached to."
         )
     base = choose_base(record["base_kind"], record["rounding"], modules.values())
-    chain = Chain(model, modules, base, settings, record["base"])
+    chain = Chain(model, modules, base, settings, record["base"], beside)
+    beside.begin_at(start)
     chain.folder, chain.state, chain.about = folder, record.get("state"), dict(record.get("about") or {})
     chain.waiting, chain.recorded = sealed, (folder, dict(record))
     chain.replay(len(sealed) if links is None else links)
-    if state is not None and state["open"] == len(chain.links):
+    if state is not None and state["links"] == len(chain.links):
         chain.reopen(state)
     return chain
 

@@ -103,7 +103,7 @@ def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Mo
 
 def _merged_state(chain: Chain) -> dict[str, Tensor]:
     """The model's state as it is now, every link in its weights, 4-bit weights dequantised."""
-    state: dict[str, Tensor] = chain.model.state_dict()
+    state: dict[str, Tensor] = chain.beside.settled(chain.model.state_dict())
     state = {key: value for key, value in state.items() if key.rsplit(".", 1)[-1] not in PARTS}
     for name, module in chain.model.named_modules():
         if isinstance(module, nn.Linear) and is_nf4(module):
@@ -135,6 +135,7 @@ def _fold_into(model: nn.Module, chain: Chain) -> None:
                 f"The links cannot go onto this model: {name} is {shapes[name] or 'missing'} there, but "
                 f"{(layer.out_features, layer.in_features)} in the chain: give the model it was quantised from."
             )
+    chain.beside.give(model)
     for link in [*(link.factors() for link in chain.links), chain.open_factors()]:
         for name, f in link.items():
             weight = modules[name].weight

@@ -15,10 +15,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .beside import Beside
 from .models import inputs
 
 
-def obstacle(model: Any) -> str | None:
+def obstacle(model: Any, beside: Beside | None = None) -> str | None:
     """Why this model cannot train with liger-kernel, as the end of a sentence; None if it can."""
     if next(model.parameters()).device.type != "cuda":
         return "the model is on no GPU"
@@ -26,6 +27,8 @@ def obstacle(model: Any) -> str | None:
         return "it is not installed (pip install 'cola_fast[liger]')"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
+    if beside:
+        return "modules are trained beside the links, and its kernels would read past what keeps them"
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"it has no kernels for a {model.config.model_type}"
     head = model.get_output_embeddings()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from cola_kernels import FoldReport
 
 from . import peft_format, store
@@ -37,6 +39,12 @@ class SealedLink:
                     f"The open link ({folder_name(index)}) holds NaN or infinite values in {name} and was not tied: "
                     "go back to the last good state, and lower the learning rate."
                 )
+        for name, tensor in peft.get("also", peft_format.Also()).tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(
+                    f"{name}, which is trained beside the links, holds NaN or infinite values, so that link {index} was "
+                    "not tied: go back to the last good state, and lower the learning rate."
+                )
         contents = peft_format.encode(factors, **peft)
         ranks = {name: f.rank for name, f in factors.items()}
         return cls(index, ranks, {name: store.sha256(data) for name, data in contents.items()}, contents, difference)
@@ -65,6 +73,10 @@ class SealedLink:
                 f"link {self.index}: restore both from one copy."
             )
         return factors
+
+    def also(self) -> dict[str, Tensor]:
+        """What was trained beside the links, as it was at this one's end; see `cola_fast.beside`."""
+        return peft_format.decode_also(self._read())
 
     def require_fitting(self, modules: Mapping[str, Sequence[int]]) -> None:
         """Raises UserError unless its files are whole and fit weights of these shapes, module -> (N, K)."""

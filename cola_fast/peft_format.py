@@ -3,6 +3,8 @@
     adapter_config.json          peft_type LORA, r, lora_alpha, rank_pattern, alpha_pattern, target_modules
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight [R, K], .lora_B.weight [N, R],
                                  of DoRA also .lora_magnitude_vector [N]
+                                 base_model.model.<module>.<key>, of modules that are trained whole (modules_to_save)
+                                 base_model.model.<embedding>.token_adapter.trainable_tokens_delta [n, K], rows
 
 PEFT computes scale = alpha / r per module, where `rank_pattern` and `alpha_pattern` override `r` and `lora_alpha`.
 """
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")  # of a factor's name
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"  # behind the name of an embedding or output head
 
 
 class Factors(NamedTuple):
@@ -75,6 +79,14 @@ class Factors(NamedTuple):
         return trained._replace(magnitude=self.magnitude), taken
 
 
+class Also(NamedTuple):
+    """What an adapter holds beside factors: see `cola_fast.beside`."""
+
+    modules: tuple[str, ...] = ()  # trained whole
+    rows: Mapping[str, list[int]] = {}  # embedding or output head -> the tokens whose rows are trained
+    tensors: Mapping[str, Tensor] = {}  # `<module>.<key>`, `<embedding>.<TOKEN_ROWS>`
+
+
 def task_type(model: nn.Module) -> str | None:
     """CAUSAL_LM for a decoder that generates. PEFT wraps anything else only without one."""
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -89,6 +101,7 @@ def encode(
     base_revision: str | None,
     dropout: float,
     task_type: str | None = None,
+    also: Also = Also(),  # noqa: B008
 ) -> dict[str, bytes]:
     """File name -> content. The bytes depend on the arguments only, so their hash identifies the link."""
     ranks = {name: f.rank for name, f in factors.items()}
@@ -111,10 +124,11 @@ def encode(
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": any(f.magnitude is not None for f in factors.values()),
-        "modules_to_save": None,
+        "modules_to_save": list(also.modules) or None,
+        **({"trainable_token_indices": dict(also.rows)} if also.rows else {}),
         "inference_mode": True,
     }
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in also.tensors.items()}
     for name, f in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = f.a.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = f.b.contiguous()
@@ -129,6 +143,12 @@ def encode(
 def _key(name: str, names: Iterable[str]) -> str:
     """Of a pattern that means this module alone: PEFT looks for it at the end of every name."""
     return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
+
+
+def decode_also(files: Mapping[str, bytes]) -> dict[str, Tensor]:
+    """`Also.tensors` of an adapter written by `encode`."""
+    tensors = safetensors.torch.load(files[TENSOR_FILE])
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if not key.endswith(ENDS)}
 
 
 def decode(files: Mapping[str, bytes]) -> dict[str, Factors]:

@@ -2,7 +2,7 @@
 
 chain.json carries its own checksum and is checked to be one a chain can have; a state carries its checksum in its name,
 and names the chain it belongs to (`binding`). Folders of format 1, from before there were checksums, are read with a
-note.
+note. Format 2 knew of nothing that is trained beside the links.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from . import store
 from .errors import UserError, note
 from .peft_format import CONFIG_FILE, TENSOR_FILE
 
-FORMAT = 2
+FORMAT = 3
 CHAIN_FILE = "chain.json"
+START_FILE = "start.safetensors"  # what is trained beside the links, as it was when the chain was attached
 STATES_KEPT = 2
 REQUIRED = ("base", "base_kind", "rounding", "seed", "r", "alpha", "dropout", "modules", "links")
 # What a chain has in common with its states and its best checkpoint. Not rank_pattern, which a later link may change.
@@ -40,9 +41,9 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         if not path.exists():
             raise UserError(f"{folder} holds no chain ({CHAIN_FILE} is missing): give the folder of a run.")
     record, sealed = store.read_sealed(path)
-    if record.get("format") not in (1, FORMAT):
+    if record.get("format") not in range(1, FORMAT + 1):
         raise UserError(
-            f"{path} has format {record.get('format')!r}, but this version reads formats 1 and {FORMAT}: update "
+            f"{path} has format {record.get('format')!r}, but this version reads formats 1 to {FORMAT}: update "
             "cola_fast."
         )
     if not sealed and record["format"] != 1:
@@ -90,6 +91,9 @@ def _faults(record: Mapping[str, Any]) -> Iterator[str]:
     for key in ("alpha", "dropout", "share", "carry"):
         if not _is_number(record.get(key, 0.0)):
             yield f"{key} is no number"
+    beside = record.get("beside")
+    if beside is not None and not _is_beside(beside):
+        yield "beside does not name modules, tokens and the hash of their start"
     pattern = record.get("rank_pattern")
     if pattern is not None and not (isinstance(pattern, dict) and all(map(_is_count, pattern.values()))):
         yield "rank_pattern is no mapping of names to ranks"
@@ -127,6 +131,17 @@ def _faults_of_link(link: Any, index: int, modules: Mapping[str, Any]) -> Iterat
         yield "fold is no report"
 
 
+def _is_beside(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("modules"), list)
+        and isinstance(value.get("tokens"), list)
+        and all(isinstance(name, str) for name in value["modules"])
+        and all(type(token) is int for token in value["tokens"])
+        and _is_hash(value.get("start"))
+    )
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -150,6 +165,8 @@ def folder_name(index: int) -> str:
 def binding(record: Mapping[str, Any], links: int) -> str:
     """Names a chain as it was after `links` links: its base, what all links share, and the links themselves."""
     about = {key: record.get(key) for key in BOUND}
+    if record.get("beside") is not None:
+        about["beside"] = record["beside"]
     hashes = [link["sha256"] for link in record["links"][:links]]
     return store.content_hash([record["base"]["fingerprint"], about, hashes])
 

@@ -52,7 +52,7 @@ def plan_run(config: Config) -> Plan:
     chain = attach(
         model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base="ledger" if in_4bit else c.base,
         rank_pattern=c.rank_pattern, first_rank=max(ranks), scaling=c.scaling, frozen=c.frozen, share=c.share,
-        gate=c.gate,
+        gate=c.gate, train_also=c.train_also, train_tokens=c.train_tokens,
     )  # fmt: skip
     chain.settings = replace(chain.settings, init=c.init)  # which looks at weights, and there are none
     chain.settings.validate()

@@ -34,7 +34,7 @@ def select_modules(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
             raise UserError("targets is all-linear, but the model has no torch.nn.Linear besides its output head.")
     else:
         wanted = [targets] if isinstance(targets, str) else list(targets)
-        found = {name for pattern in wanted for name in _matching(pattern, modules)}
+        found = {name for pattern in wanted for name in matching(pattern, modules)}
         chosen = [name for name in modules if name in found]
     return _checked(model, modules, chosen)
 
@@ -79,7 +79,7 @@ def assign_ranks(shapes: Mapping[str, tuple[int, int]], r: int, pattern: Mapping
     pattern = {} if pattern is None else pattern
     if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
         raise UserError(f"rank_pattern is {shown(pattern)}, but must map names or patterns of modules to ranks.")
-    matches = {key: set(_matching(key, shapes, what="rank_pattern key")) for key in pattern}
+    matches = {key: set(matching(key, shapes, what="rank_pattern key")) for key in pattern}
     ranks = {}
     for name, (n, k) in shapes.items():
         rank = next((pattern[key] for key in pattern if name in matches[key]), r)
@@ -109,7 +109,8 @@ def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
     return sorted(suffixes) if exact else sorted(wanted)
 
 
-def _matching(pattern: str, names: Iterable[str], what: str = "target") -> list[str]:
+def matching(pattern: str, names: Iterable[str], what: str = "target") -> list[str]:
+    """Those of the names that end in it, or else that it matches as a regular expression. Raises UserError for none."""
     names = list(names)
     found = [name for name in names if name == pattern or name.endswith("." + pattern)]
     if not found:

@@ -43,7 +43,7 @@ from .models import (
     needed_logits,
 )
 from .optimizer import load_state as load_optimizer_state
-from .optimizer import make_optimizer, set_lr
+from .optimizer import make_optimizer, next_state, set_lr, state_of
 from .prepare import (
     check_batches,
     choose_ranks,
@@ -127,14 +127,15 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                     model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
                     seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
                     scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry, gate=c.gate,
-                    batches=looked_at(config, data, 0), original=original_model(config),
+                    batches=looked_at(config, data, 0), original=original_model(config), train_also=c.train_also,
+                    train_tokens=c.train_tokens,
                 )  # fmt: skip
             for span in schedule.spans:
                 chain.ranks(span.rank)
             if chain.open_link is not None:
                 rehearse(chain, config)
             chain.about = {CONFIG_KEY: recorded(config)}
-            obstacle = liger.obstacle(model) if config.train.use_liger else None
+            obstacle = liger.obstacle(model, chain.beside) if config.train.use_liger else None
             use_liger = config.train.use_liger and not obstacle
             loss = liger.summed_loss if use_liger else _summed_loss
             loop = _Loop(config, run.path, model, chain, data, schedule, feed, state, loss, quiet)
@@ -332,14 +333,16 @@ class _Loop:
 
     def _knot(self) -> None:
         at = self.at
+        if self.optimizer is not None:
+            self.optimizer_state = state_of(self.optimizer, self.chain)
         if len(self.chain.links) == at.link:  # else: killed after sealing, and the link has been folded on loading
             self._save()
             self.chain.tie()
         link = self.chain.links[at.link]
         self._log({"event": "knot", "step": at.step, "link": at.link, "sha256": link.sha256, **link.fold})
-        state = self.optimizer.state_dict()["state"] if self.optimizer else self.optimizer_state
         c, seed = self.config.schedule, derive_seed(self.config.train.seed, "state", at.link)
-        self.optimizer_state = STATE.choose(c.optimizer_state)(state, c.prune, seed)
+        change = STATE.choose(c.optimizer_state)
+        self.optimizer_state = next_state(self.optimizer_state, lambda state: change(state, c.prune, seed))
         self.optimizer = None
         at.link, at.link_start, at.knot_due = at.link + 1, at.step, False
         at.link_best_loss, at.link_stale = math.inf, 0
@@ -382,7 +385,7 @@ class _Loop:
             "position": asdict(self.at),
             "unlogged": self.unlogged,
             "feed": self.feed.state_dict(),
-            "optimizer": self.optimizer.state_dict() if self.optimizer else {"state": self.optimizer_state},
+            "optimizer": {"state": state_of(self.optimizer, self.chain) if self.optimizer else self.optimizer_state},
         }
         self.chain.save(self.path, extra)
 
