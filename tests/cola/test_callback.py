@@ -96,11 +96,12 @@ def links(out: Path | str) -> list[str]:
 
 @pytest.mark.slow
 @ONE_WORKER
-@pytest.mark.parametrize("kind", ["transformers", "trl"])
+@pytest.mark.parametrize("kind", ["transformers", "trl", "classifier", "reward"])
 def test_killed_and_resumed(
     kind: str, worker: Callable[..., dict[str, Any]], whole: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
-    """9 steps, knots after 3, 6 and 9, checkpoints after every second: killed in a link, at a knot, and at the end."""
+    """9 steps, knots after 3, 6 and 9, checkpoints after every second: killed in a link, at a knot, and at the end. A
+    link's hash is of the head too, where one is trained: that of a resumed process starts at other numbers."""
     done = whole(kind)
     expected = links(done["out"])
     assert len(set(expected)) == 3

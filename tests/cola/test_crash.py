@@ -77,13 +77,15 @@ def test_killed_at_random_moments(
         {"schedule__optimizer_state": "keep"},
         {"chain__method": ["relora", "pissa"], "schedule__optimizer_state": "prune-random", "schedule__prune": 0.5},
         {"chain__method": "periodic-lora"},
+        {"chain__train_also": ["norm"], "chain__train_tokens": [5, 6], "schedule__ranks": [2, 1]},
     ],
-    ids=["reset", "keep", "relora-pissa", "periodic"],
+    ids=["reset", "keep", "relora-pissa", "periodic", "beside"],
 )
 def test_interrupted_and_resumed_at_each_step(
     worker: Callable[..., dict[str, Any]], config_file: Callable[..., str], tmp_path: Path, chosen: dict[str, Any]
 ) -> None:
-    """The optimizer-state policy, and a start taken out of the weights, survive a kill anywhere around a knot."""
+    """The optimizer-state policy, a start taken out of the weights, and what is trained beside the links, survive a
+    kill anywhere around a knot."""
     keys = {**chosen, "schedule__links": 2, "schedule__steps": 4}
     whole = worker(config_file(out=str(tmp_path / "whole"), **keys))
     assert whole["code"] == 0

@@ -27,3 +27,8 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] + ' ' + message
 def token_rows(count: int = 48, length: int = 10) -> list[dict[str, torch.Tensor]]:
     rows = torch.randint(0, 64, (count, length), generator=torch.Generator().manual_seed(3))
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
+
+
+def labelled_rows(count: int = 48) -> list[dict[str, torch.Tensor]]:
+    """Of three classes: where in the vocabulary the first token is."""
+    return [{**row, "labels": row["input_ids"][0] * 3 // 64} for row in token_rows(count)]

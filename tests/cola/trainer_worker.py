@@ -1,9 +1,10 @@
-"""Trains with transformers' Trainer or TRL's SFTTrainer in child processes, and kills them. Run by test_callback.py.
+"""Trains with transformers' Trainer, or TRL's SFTTrainer and RewardTrainer, in child processes, and kills them. Run by
+test_callback.py.
 
 Everything heavy is imported once; each command, a JSON line on stdin, forks a child.
 Answers {"killed": bool, "code": n}.
 
-    {"trainer": "transformers" | "trl", "model": folder, "out": folder, "resume": bool, "kill": "step_end 5" | null}
+    {"trainer": "transformers" | "classifier" | "trl" | "reward", "model": folder, "out": folder, "resume": bool, "kill": "step_end 5" | null}
 
 kill: the event and the step at which the child gets SIGKILL; `step_end` is after the callback has done its part,
 `save` before it has, `copied` in the middle of its part. A child that ends writes its links' hashes to OUT/links.json.
@@ -32,7 +33,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import cola_fast
 from cola_fast import callback, checkpoint
-from tests.cola.trainer_runs import CHAT_TEMPLATE, COMMON, token_rows
+from tests.cola.trainer_runs import CHAT_TEMPLATE, COMMON, labelled_rows, token_rows
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -60,31 +61,50 @@ class Killer(TrainerCallback):
 
 
 def train(command: dict[str, Any]) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(command["model"])
-    chain = cola_fast.attach(model, r=2, alpha=4, dropout=0.1)
+    kind, folder = command["trainer"], command["model"]
+    torch.manual_seed(1 if command["resume"] else 0)  # a fresh head of another process is another one
+    keys: dict[str, Any] = {"r": 2, "alpha": 4, "dropout": 0.1}
+    if kind in ("classifier", "reward"):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1 if kind == "reward" else 3, pad_token_id=1
+        )
+        keys["train_also"] = "score"
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    chain = cola_fast.attach(model, **keys)
     ours = callback.ChainCallback(chain, links=3)
     killer = Killer(command["kill"] or "never 0")
     callbacks = [ours, killer] if killer.event == "step_end" else [killer, ours]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token, tokenizer.chat_template = "</s>", CHAT_TEMPLATE
     trainer: Any
-    if command["trainer"] == "transformers":
+    if kind in ("transformers", "classifier"):
+        rows, few = (labelled_rows(), labelled_rows(8)) if kind == "classifier" else (token_rows(), token_rows(8))
         trainer = Trainer(
-            model=model, args=TrainingArguments(command["out"], **COMMON), train_dataset=token_rows(),
-            eval_dataset=token_rows(8), callbacks=callbacks,
+            model=model, args=TrainingArguments(command["out"], **COMMON), train_dataset=rows, eval_dataset=few,
+            callbacks=callbacks,
         )  # fmt: skip
     else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(command["model"])
-        tokenizer.chat_template = CHAT_TEMPLATE
-        rows = [
-            [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": f"w{i + 2} good"}]
-            for i in range(48)
-        ]
-        trainer = trl.SFTTrainer(
-            model=model, args=trl.SFTConfig(command["out"], bf16=False, **COMMON), processing_class=tokenizer,
-            train_dataset=datasets.Dataset.from_dict({"messages": rows}),
-            eval_dataset=datasets.Dataset.from_dict({"messages": rows[:8]}), callbacks=callbacks,
+        make, arguments, data = {
+            "trl": (trl.SFTTrainer, trl.SFTConfig, {"messages": [turns(i) for i in range(48)]}),
+            "reward": (
+                trl.RewardTrainer,
+                trl.RewardConfig,
+                {key: [turns(i + by) for i in range(48)] for key, by in (("chosen", 0), ("rejected", 3))},
+            ),
+        }[kind]
+        few = {key: values[:8] for key, values in data.items()}
+        trainer = make(
+            model=model, args=arguments(command["out"], bf16=False, **COMMON), processing_class=tokenizer,
+            train_dataset=datasets.Dataset.from_dict(data), eval_dataset=datasets.Dataset.from_dict(few),
+            callbacks=callbacks,
         )  # fmt: skip
     trainer.train(resume_from_checkpoint=command["resume"])
     Path(command["out"], "links.json").write_text(json.dumps([link.sha256 for link in chain.links]))
+
+
+def turns(i: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": f"w{i + 2} good"}]
 
 
 def run(command: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +125,7 @@ def run(command: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _ = trl.SFTTrainer, trl.SFTConfig  # imported when first asked for: have them before the first fork
+    _ = trl.SFTTrainer, trl.SFTConfig, trl.RewardTrainer, trl.RewardConfig  # imported when first asked for: have them before the first fork
     warm = False
     for line in sys.stdin:
         command = json.loads(line)
