@@ -45,10 +45,11 @@ class Batch:
 
     input_ids [B, T] int64; positions [P] int64, increasing; targets [B, P] int64: the token that follows, or -100;
     attention_mask [B, T] int64 or None (nothing to hide); position_ids [B, T] int64 or None (0, 1, 2, ...).
+    For a head that classifies, positions is None and targets, [B] or [B, T], are classes.
     """
 
     input_ids: Tensor
-    positions: Tensor
+    positions: Tensor | None
     targets: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor | None
@@ -67,6 +68,8 @@ def collate(rows: Sequence[Sequence[Example]], *, flat: bool = False) -> Batch:
 
     flat: all examples in a single row without padding, for flash_attention_2 (see `wants_flat`).
     """
+    if rows[0][0].head:
+        return _with_classes([example for row in rows for example in row])
     if flat:
         rows = [[example for row in rows for example in row]]
     packed = any(len(row) > 1 for row in rows)
@@ -96,6 +99,24 @@ def collate(rows: Sequence[Sequence[Example]], *, flat: bool = False) -> Batch:
         attention_mask=mask,
         position_ids=position_ids,
         tokens=sum(map(len, ids)),
+        labelled=int((targets != IGNORE).sum()),
+    )
+
+
+def _with_classes(examples: Sequence[Example]) -> Batch:
+    """Padded on the right, as models with a head that classifies expect it."""
+    width, pad = max(map(len, examples)), examples[0].pad
+    each_token = any(len(example.labels) > 1 for example in examples)
+    labels = [example.labels for example in examples]
+    targets = _pad(labels, width, IGNORE, left=False) if each_token else torch.tensor(labels)[:, 0]
+    lengths = torch.tensor([len(example) for example in examples])
+    return Batch(
+        input_ids=_pad([example.input_ids for example in examples], width, pad, left=False),
+        positions=None,
+        targets=targets,
+        attention_mask=(torch.arange(width) < lengths[:, None]).long(),
+        position_ids=None,
+        tokens=sum(map(len, examples)),
         labelled=int((targets != IGNORE).sum()),
     )
 
@@ -280,14 +301,14 @@ def _parts(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
 def batch_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
     """The summed cross-entropy of the labelled targets (a fp32 scalar) and how many they are.
 
-    logits [B, P, V] of any float dtype. Apart from them and their gradient, which has their dtype, memory is a tile.
+    logits [B, P, V], or a head's [B, C] or [B, T, C], of any float dtype. Apart from them and their gradient, which has their dtype, memory is a tile.
     """
     return -_log_likelihoods(logits, batch.targets).sum(), batch.labelled
 
 
 def _log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) in fp32 [B, P], 0 where the target is -100."""
-    found: Tensor = _LogLikelihood.apply(logits.flatten(0, 1), targets.flatten())
+    """log p(target) in fp32, of the targets' shape, 0 where the target is -100."""
+    found: Tensor = _LogLikelihood.apply(logits.reshape(-1, logits.shape[-1]), targets.flatten())
     return found.view_as(targets)
 
 

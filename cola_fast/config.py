@@ -27,6 +27,8 @@ class ModelConfig:
     name: str = ""  # a folder, or a name on the Hugging Face hub
     revision: str | None = None
     load_in_4bit: bool = False  # quantise the linear layers to NF4 with double quantisation, as QLoRA does
+    task: Literal["causal-lm", "sequence-classification", "token-classification"] = "causal-lm"
+    labels: tuple[str | int, ...] = ()  # of a classifying task: the classes, in the order of the head's outputs
     gguf_file: str | None = None  # a GGUF file inside that folder or repository
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device multiplies it natively, else fp32
     device: str = "auto"  # auto, cpu, cuda, cuda:1
@@ -47,6 +49,7 @@ class DataConfig:
     format: Literal["auto", "text", "completion", "messages", "classification"] = "auto"
     template: str = "{text}"  # classification: the prompt, with columns in braces
     label_column: str = "label"
+    words_column: str = "tokens"  # token-classification: lists of words; label_column has a list of labels for them
     verbalisers: dict[str, str] | None = None  # classification: label -> the words that stand for it
     max_length: int = 1024  # tokens
     too_long: Literal["truncate", "drop", "error"] = "truncate"  # the count is always reported
@@ -207,6 +210,7 @@ def validate(config: Config) -> None:
     s, t, d, c = config.schedule, config.train, config.data, config.chain
     _require(bool(config.model.name), "model.name is missing: name a folder or a model on the hub.")
     _require(bool(d.train), "data.train is missing: name a jsonl, csv or parquet file or a hub data set.")
+    _validate_task(config)
     _require(c.r >= 1, f"chain.r is {c.r}, but a rank is at least 1.")
     for name, rank in (c.rank_pattern or {}).items():
         _require(rank >= 1, f"chain.rank_pattern gives {name} rank {rank}, but a rank is at least 1.")
@@ -307,7 +311,7 @@ def validate(config: Config) -> None:
         "schedule.plateau ends a link by its evaluations, but train.eval_every is not set: set both.",
     )
     _require(
-        d.template == DataConfig.template or bool(d.verbalisers),
+        d.template == DataConfig.template or bool(d.verbalisers) or config.model.task == "sequence-classification",
         "data.template is for classification, but data.verbalisers is missing: give the words of the labels, or write "
         "the data as prompt and completion.",
     )
@@ -317,6 +321,26 @@ def validate(config: Config) -> None:
         d.format != "classification" or bool(d.verbalisers and len(d.verbalisers) > 1),
         "data.format is classification, but data.verbalisers does not give the words of at least two labels.",
     )
+
+
+def _validate_task(config: Config) -> None:
+    m, d, t = config.model, config.data, config.train
+    if m.task == "causal-lm":
+        _require(not m.labels, "model.labels names classes, but model.task is causal-lm: set a task that classifies.")
+        return
+    _require(
+        len(set(map(str, m.labels))) == len(m.labels) > 1,
+        f"model.task is {m.task}, but model.labels does not name at least two different classes: list them in the order "
+        "of the head's outputs.",
+    )
+    for holds, what in (
+        (d.format == "auto", f"data.format is {d.format}"),
+        (not d.verbalisers, "data.verbalisers is set"),
+        (not t.packing, "train.packing is set"),
+        (config.chain.ranks == "uniform", f"chain.ranks is {config.chain.ranks}"),
+        (not t.shard, "train.shard is set"),
+    ):
+        _require(holds, f"{what}, which model.task {m.task} has no use for: leave it out.")
 
 
 def _require(holds: bool, sentence: str) -> None:

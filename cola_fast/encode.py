@@ -32,6 +32,8 @@ class Example:
         tuple[int, ...], ...
     ] = ()  # classification: the tokens of every label, in the order of Data.labels
     answer: int = -1  # classification: which of them is gold; its tokens end input_ids
+    head: bool = False  # `labels` are classes, for a head that classifies: one, or one a token. Nothing is shifted
+    pad: int = 0  # with `head`: what fills up shorter rows of a batch; some models find a sequence's end by it
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -44,6 +46,7 @@ class Row:
     choices: tuple[str, ...] = ()  # classification: what may follow the pieces
     answer: int = -1
     marked: tuple[list[int], list[bool]] | None = None  # already tokens: ids, carries loss
+    classes: tuple[int, ...] = ()  # of a head that classifies: the row's, or one a piece
 
 
 class Encoder:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Score:
     loss: float  # nats per labelled token
-    accuracy: float | None  # share of examples whose gold label is the likeliest candidate
+    accuracy: float | None  # share of the labels that are the likeliest candidate, or the head's likeliest class
     examples: int
 
     def __str__(self) -> str:
@@ -41,6 +41,7 @@ def evaluate(
     device = next(model.parameters()).device
     total, correct = torch.zeros(2, dtype=torch.float64, device=device)
     labelled = 0
+    classes = examples[0].head
     with evaluating(model):
         if examples[0].candidates:
             choices = choice_batches(examples, batch_size)
@@ -55,14 +56,18 @@ def evaluate(
             batches = eval_batches(examples, batch_size, flat=wants_flat(model))
             for batch, counts in world.dealt(_told(batches, lambda _: batch_size, examples, tell)):
                 batch = batch.to(device)
-                loss, count = batch_loss(needed_logits(model, batch), batch)
+                logits = needed_logits(model, batch)
+                loss, count = batch_loss(logits, batch)
                 if counts:
                     total += loss
                     labelled += count
+                    if classes:
+                        correct += (logits.argmax(-1) == batch.targets).sum()
     sums = torch.stack([total, correct, total.new_tensor(labelled)])
     world.sum_([sums])
     loss_sum, right, count = sums.tolist()
-    return Score(loss_sum / count, right / len(examples) if examples[0].candidates else None, len(examples))
+    labels = len(examples) if examples[0].candidates else count
+    return Score(loss_sum / count, right / labels if examples[0].candidates or classes else None, len(examples))
 
 
 def _told(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -13,25 +13,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import weights
+from . import heads, weights
 from .config import ModelConfig
 from .errors import UserError, shown, told
+from .heads import AUTO_CLASSES
 from .layer import forbid_repacking
 from .versions import require_tested
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_model(config: ModelConfig) -> nn.Module:
-    """`AutoModelForCausalLM.from_pretrained`, on the device, in the dtype, in eval mode, never running remote code
+def load_model(config: ModelConfig, fresh: list[str] | None = None) -> nn.Module:
+    """`from_pretrained` of the task's auto class, on the device, in the dtype, in eval mode, never running remote code
     unless `trust_remote_code` says so, and never reading pickled weights.
+
+    fresh: gets the names of a classifying head's parameters that the checkpoint has not, or of another size: they are
+    drawn from torch's generator. Whatever else is missing is refused.
 
     Raises UserError for what transformers cannot load, and for a checkpoint that lacks tensors, has them of other
     shapes or holds numbers that are none.
     """
     require_tested("transformers", "cola_fast")
-    from transformers import AutoModelForCausalLM
-
     device = resolve_device(config.device)
     options: dict[str, Any] = {"dtype": resolve_dtype(config.dtype, device)}
     if config.attention is not None:
@@ -42,8 +44,11 @@ def load_model(config: ModelConfig) -> nn.Module:
     if config.load_in_4bit:
         options |= {"quantization_config": _nf4(options["dtype"], config), "device_map": {"": device}}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused here, by name
-    model, report = _from_pretrained(AutoModelForCausalLM, config, **options)
+    model, report = _from_pretrained(_auto_class(config), config, **options, **_classes(config))
+    report, drawn = _without_head(model, report) if config.task != "causal-lm" else (report, [])
     weights.refuse_incomplete(config.name, report)
+    if fresh is not None:
+        fresh += drawn
     if config.gguf_file is not None:
         forget_gguf(model)
     forbid_repacking(model)
@@ -54,13 +59,45 @@ def load_model(config: ModelConfig) -> nn.Module:
 
 def load_empty_model(config: ModelConfig) -> nn.Module:
     """The same architecture on the meta device: shapes without weights, for estimates."""
-    from transformers import AutoModelForCausalLM
-
     settings = _load_settings(config)
+    for key, value in _classes(config).items():
+        setattr(settings, key, value)
     options = {} if config.attention is None else {"attn_implementation": config.attention}
     with _told(config), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code, **options)
+        model = _auto_class(config).from_config(settings, trust_remote_code=config.trust_remote_code, **options)
     return cast(nn.Module, model)
+
+
+def _auto_class(config: ModelConfig) -> Any:
+    import transformers
+
+    return getattr(transformers, AUTO_CLASSES[config.task])
+
+
+def _classes(config: ModelConfig) -> dict[str, Any]:
+    """What a classifying task adds to config.json."""
+    if config.task == "causal-lm":
+        return {}
+    labels = [str(label) for label in config.labels]
+    padding = load_tokenizer(config).pad_token_id if _load_settings(config).pad_token_id is None else None
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        **({} if padding is None else {"pad_token_id": padding}),  # by which some find where a sequence ends
+    }
+
+
+def _without_head(model: nn.Module, report: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The loading report without what belongs to the head, and the names of that."""
+    missing = {key for key in report["missing_keys"] if heads.is_part(model, key)}
+    resized = {entry for entry in report["mismatched_keys"] if heads.is_part(model, entry[0])}
+    kept = {
+        **report,
+        "missing_keys": set(report["missing_keys"]) - missing,
+        "mismatched_keys": set(report["mismatched_keys"]) - resized,
+    }
+    return kept, sorted({*missing, *(entry[0] for entry in resized)})
 
 
 def _nf4(dtype: torch.dtype, config: ModelConfig) -> Any:
@@ -136,7 +173,12 @@ def inputs(batch: Any) -> dict[str, Any]:
 
 def needed_logits(model: nn.Module, batch: Any) -> Tensor:
     """`[B, P, V]`: logits at `batch.positions` only. The output head is a large share of a small model's work, and its
-    logits of a long batch's memory."""
+    logits of a long batch's memory. All that a head that classifies gives."""
+    if batch.positions is None:
+        given = inputs(batch)
+        if "use_cache" not in inspect.signature(model.forward).parameters:  # encoders have none
+            del given["use_cache"]
+        return cast(Tensor, model(**given).logits)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(**inputs(batch), logits_to_keep=batch.positions).logits
     else:

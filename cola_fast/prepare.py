@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import metrics, world
+from . import heads, metrics, world
 from .batches import Feed
 from .calibration import Sample, draw
 from .chain import Chain
 from .config import Config
 from .data import Data, load_data
-from .errors import UserError
+from .errors import UserError, listed, note
 from .layout import check_causal, check_packing, check_padding
 from .link import derive_seed
 from .methods import GRADIENT, RANKS, wanted_by
@@ -79,6 +79,8 @@ def require_vocabulary(model: nn.Module, data: Data) -> None:
 def check_batches(config: Config, model: nn.Module, data: Data) -> None:
     """Raises UserError if the model sees what it should not: later tokens, or other sequences of a batch if there will
     be several."""
+    if config.model.task != "causal-lm":
+        return
     check_causal(model)
     t = config.train
     several = max(t.batch_size, t.eval_batch_size) > 1 or any(len(c) > 1 for e in data.train[:1] for c in e.candidates)
@@ -92,10 +94,23 @@ def load_base(config: Config) -> tuple[nn.Module, torch.device | None]:
     """The model on this process's device; or on the CPU, with the device that it is to be sharded onto."""
     settings = replace(config.model, device=world.device(config.model.device))
     if not config.train.shard or world.size() == 1:
-        return load_model(settings), None
+        fresh: list[str] = []
+        with torch.random.fork_rng([]):
+            torch.manual_seed(derive_seed(config.train.seed, "head"))
+            model = load_model(settings, fresh)
+        if fresh:
+            note(f"{listed(fresh)} of {settings.name}: not in the checkpoint, so drawn by train.seed, and to be trained.")
+        return model, None
     device = resolve_device(settings.device)
     wide = resolve_dtype(settings.dtype, device) == torch.float32
     return load_model(replace(settings, device="cpu", dtype="fp32" if wide else "bf16")), device
+
+
+def train_also(config: Config, model: nn.Module) -> list[str]:
+    """chain.train_also, and the head of a classifying task."""
+    given = config.chain.train_also
+    named = [given] if isinstance(given, str) else list(given)
+    return [*named, *([] if config.model.task == "causal-lm" else heads.names(model))]
 
 
 def choose_ranks(config: Config, model: nn.Module, data: Data, link: int) -> dict[str, int] | None:

@@ -41,7 +41,7 @@ def plan_run(config: Config) -> Plan:
     from .layout import wants_flat
     from .memory import estimate
     from .models import load_empty_model, load_tokenizer, resolve_device, resolve_dtype
-    from .prepare import prepare, read_data, rehearse
+    from .prepare import prepare, read_data, rehearse, train_also
 
     model = load_empty_model(config.model)
     tokenizer = load_tokenizer(config.model)
@@ -52,7 +52,7 @@ def plan_run(config: Config) -> Plan:
     chain = attach(
         model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base="ledger" if in_4bit else c.base,
         rank_pattern=c.rank_pattern, first_rank=max(ranks), scaling=c.scaling, frozen=c.frozen, share=c.share,
-        gate=c.gate, train_also=c.train_also, train_tokens=c.train_tokens,
+        gate=c.gate, train_also=train_also(config, model), train_tokens=c.train_tokens,
     )  # fmt: skip
     chain.settings = replace(chain.settings, init=c.init)  # which looks at weights, and there are none
     chain.settings.validate()

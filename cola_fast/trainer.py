@@ -53,6 +53,7 @@ from .prepare import (
     prepare,
     read_data,
     rehearse,
+    train_also,
 )
 from .progress import SECONDS_BETWEEN_LINES, Progress
 from .record import newest_state, read_record
@@ -127,7 +128,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                     model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
                     seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
                     scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry, gate=c.gate,
-                    batches=looked_at(config, data, 0), original=original_model(config), train_also=c.train_also,
+                    batches=looked_at(config, data, 0), original=original_model(config), train_also=train_also(config, model),
                     train_tokens=c.train_tokens,
                 )  # fmt: skip
             for span in schedule.spans:

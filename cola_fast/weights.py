@@ -86,7 +86,7 @@ def refuse_incomplete(name: str, report: Mapping[str, Collection[Any]]) -> None:
     unused = sorted(report["unexpected_keys"])
     raise UserError(
         f"The weights of {name} lack {len(missing)} tensors of the model ({listed(missing, 3)}), which would be "
-        "random: give a whole checkpoint of a causal language model."
+        "random: give a whole checkpoint of such a model."
         + (f" It has {len(unused)} others ({listed(unused, 3)}){_why(missing, unused)}." if unused else "")
     )
 
