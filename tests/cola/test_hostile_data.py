@@ -39,7 +39,7 @@ UNREADABLE: dict[str, tuple[str, str, str]] = {
     "deep in a list": ("a.json", '[{"text": ' + DEEP + "}]", "line 1 has more than 50 lists and objects"),
     "deep and not closed": ("a.json", '{"a": ' + "[" * 20_000, "line 1 has more than 50 lists and objects"),
     "a long number": ("a.jsonl", '{"text": "a"}\n{"text": ' + "9" * 5000 + "}\n", "a.jsonl"),
-    "two of a key": ("a.jsonl", '{"text": "a", "text": "b"}\n', r"was specified twice in row 0"),
+    "two of a key": ("a.jsonl", '{"text": "a", "text": "b"}\n', "line 1: an object has the key 'text' twice"),
     "a truncated list": ("a.json", "[" + GOOD, "cannot be read as json"),
     "a truncated string": ("a.jsonl", GOOD + '{"text": "a', "cannot be read as jsonl: line 2"),
 }
@@ -195,7 +195,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a label that is infinite": (
         '{"text": "a", "label": 1e400}\n',
         WORDS,
-        r"cannot be read as jsonl: .*Number too big",
+        r"Row 1 .*label is inf, which is not in data.verbalisers",
     ),
     "a label that is huge": ([{"text": "a", "label": "9" * 5000}], WORDS, r"Row 1 .*label is '999"),
     "deep tools": ([TOOLS], {}, r"Row 1 .*tools is no JSON that can be read \(.*recursion"),
