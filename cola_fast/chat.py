@@ -2,13 +2,19 @@
 
 A template is a program that came with the model. transformers runs it in a sandbox; here it also gets a limit of time
 and memory, and whatever it raises is said with the row.
+
+**Whose words.** A template may mark by {% generation %} what the assistant writes. transformers makes a mask of tokens
+of that (return_assistant_tokens_mask), which is not used here: it gives the assistant a token that is another's, too,
+and places the marks wrongly that a macro writes. Here the template writes two characters of ours where its marks are,
+and the text between them is what carries loss. Without marks, see `_turns`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .encode import Row
@@ -23,20 +29,26 @@ def message_rows(
 ) -> list[Row]:
     """chats: per row its messages. tools: per row what it describes. enough: tokens of a row that are looked at."""
     _refuse_powers(tokenizer.chat_template)
-    marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
     rows = []
     with watching() as watch:
         for number, chat in enumerate(chats, 1):
             watch.restart()
             try:
                 keys = {} if tools is None else {"tools": _tools(tools[number - 1])}
-                found = _marked(chat, tokenizer, keys) if marks else _turns(chat, tokenizer, keys, enough)
+                template = _template(tokenizer, keys)
+                keys["chat_template"] = template
+                whole = _render(tokenizer, chat, keys)
+                marked = _with_marks(template)
+                if marked == template:
+                    pieces = _turns(whole, chat, tokenizer, keys)
+                else:
+                    pieces = _marked(whole, _render(tokenizer, chat, {**keys, "chat_template": marked}))
+                rows.append(Row(number, _looked_at(whole, pieces, tokenizer, enough)))
             except (_Refused, Exceeded) as error:
                 why = reason(error)
-                if isinstance(error, Exceeded) and not marks:
-                    why += "; give shorter conversations, or add {% generation %} marks to the template"
+                if isinstance(error, Exceeded):
+                    why += "; give shorter conversations, or add {% generation %} marks to a template without"
                 raise UserError(f"Row {number} of {source}: the chat template refuses it: {why}.") from None
-            rows.append(Row(number, **found))
     return rows
 
 
@@ -57,13 +69,25 @@ def _refuse_powers(template: str | Mapping[str, str]) -> None:
             raise UserError("The tokenizer's chat template raises numbers to powers (**): give it a template without.")
 
 
-def _render(tokenizer: Any, chat: list[dict[str, Any]], **keys: Any) -> Any:
+def _template(tokenizer: Any, keys: dict[str, Any]) -> str:
+    """The one of the tokenizer's templates that transformers takes for this row."""
     try:
-        return tokenizer.apply_chat_template(chat, **keys)
+        return str(tokenizer.get_chat_template(tools=keys.get("tools")))
+    except Exception as error:  # several, and none of them by default
+        raise _Refused(reason(error)) from None
+
+
+def _render(tokenizer: Any, chat: list[dict[str, Any]], keys: dict[str, Any], *, ask: bool = False) -> str:
+    """keys: what the template gets beside the messages, and `chat_template`. ask: for the assistant's turn."""
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask, **keys))
     except Exceeded:
         raise
     except Exception as error:  # a template raises whatever it likes
         raise _Refused(reason(error)) from None
+    if len(text) > LONGEST:
+        raise _Refused(f"it makes {len(text)} characters of it")
+    return text
 
 
 def _tools(cell: Any) -> Any:
@@ -80,41 +104,43 @@ def without_none(value: Any) -> Any:
     return [without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _marked(chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any]) -> dict[str, Any]:
-    """The template says itself, by {% generation %}, which tokens the assistant writes. keys: for the template."""
-    both = _render(tokenizer, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **keys)
-    return {"marked": (list(both["input_ids"]), [bool(mark) for mark in both["assistant_masks"]])}
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters of any text
 
 
-def _turns(chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any], enough: int) -> dict[str, Any]:
+@functools.lru_cache(4)
+def _with_marks(template: str) -> str:
+    """The template, writing _BEGIN and _END where its generation marks are. They are written by blocks of their own,
+    as a block takes away the same white space around it as the mark did."""
+    begun = re.sub(r"(\{%[-+]?\s*generation\s*)([-+]?)%\}", rf"\1%}}{{% if true %}}{_BEGIN}{{% endif \2%}}", template)
+    return re.sub(r"\{%([-+]?)(\s*endgeneration\s*[-+]?%\})", rf"{{%\1 if true %}}{_END}{{% endif %}}{{%\2", begun)
+
+
+def _marked(whole: str, marked: str) -> Iterator[tuple[str, bool]]:
+    """marked: the same conversation, written by the template `_with_marks`."""
+    parts = re.split(f"([{_BEGIN}{_END}])", marked)
+    if "".join(parts[::2]) != whole:
+        raise _Refused("it writes another text where its {% generation %} marks are followed")
+    learn = False
+    for part in parts:
+        learn = part == _BEGIN or (learn and part != _END)
+        if part not in (_BEGIN, _END, ""):
+            yield part, learn
+
+
+def _turns(whole: str, chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     """Without those marks: an assistant turn is what rendering it adds to the prompt that asks for it.
 
     Exact only if each rendered prefix of the conversation begins the rendering of the whole; some templates rewrite
     earlier turns once later ones follow, and those are refused. Prefix by prefix, a long conversation takes the square
-    of its length; turns that begin behind `enough` tokens carry no loss that is looked at, and are left unrendered.
+    of its length; so a turn is rendered when it is asked for.
     """
-
-    def render(count: int, ask: bool) -> str:
-        text = str(_render(tokenizer, chat[:count], tokenize=False, add_generation_prompt=ask, **keys))
-        if len(text) > LONGEST:
-            raise _Refused(f"it makes {len(text)} characters of it")
-        return text
-
     if chat[0]["role"] == "assistant":
         raise _Refused("it begins with the assistant, so that what it answers cannot be told; put a user's turn first")
-    whole = render(len(chat), False)
-    pieces: list[tuple[str, bool]] = []
     done = 0
-    look_at = 16  # pieces; twice as many each time, so that looking takes no longer than rendering
     for turn, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        if len(pieces) >= look_at:
-            look_at *= 2
-            # twice: pieces may have fewer tokens apart than together, but not half as many
-            if len(tokenizer(whole[:done], add_special_tokens=False, verbose=False)["input_ids"]) > 2 * enough:
-                break
-        before, after = render(turn, True), render(turn + 1, False)
+        before, after = _render(tokenizer, chat[:turn], keys, ask=True), _render(tokenizer, chat[: turn + 1], keys)
         if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)):
             raise _Refused(
                 f"it renders message {turn + 1} or those before it differently once more follows, so the assistant's "
@@ -122,6 +148,25 @@ def _turns(chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any], eno
             )
         end = len(after.rstrip())  # the line break after the end-of-turn token is not the assistant's to write
         end = end if end > len(before) else len(after)
-        pieces += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
+        yield whole[done : len(before)], False
+        yield whole[len(before) : end], True
         done = end
-    return {"pieces": (*pieces, (whole[done:], False))}
+
+
+def _looked_at(
+    whole: str, pieces: Iterable[tuple[str, bool]], tokenizer: Any, enough: int
+) -> tuple[tuple[str, bool], ...]:
+    """The whole as pieces; what begins behind `enough` tokens is one without loss, as none is looked at there, and
+    telling pieces apart takes the square of their number."""
+    kept: list[tuple[str, bool]] = []
+    done = 0
+    look_at = 16  # pieces; twice as many each time, so that looking takes no longer than what it saves
+    for text, learn in pieces:
+        if len(kept) >= look_at:
+            look_at *= 2
+            # twice: pieces may have fewer tokens apart than together, but not half as many
+            if len(tokenizer(whole[:done], add_special_tokens=False, verbose=False)["input_ids"]) > 2 * enough:
+                break
+        kept.append((text, learn))
+        done += len(text)
+    return (*kept, (whole[done:], False))

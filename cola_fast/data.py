@@ -198,7 +198,8 @@ def _label_key(label: Any) -> str:
         number = float(label)  # of a string, too: a CSV file has nothing else
     except (TypeError, ValueError, OverflowError):
         return str(label)
-    return str(int(number)) if number.is_integer() else str(label)
+    exact = abs(number) < 2**53  # beyond it, several whole numbers are one float
+    return str(int(number)) if exact and number.is_integer() else str(label)
 
 
 def _message_rows(table: Table, config: DataConfig, tokenizer: Any) -> list[Row]:
@@ -240,5 +241,5 @@ def _hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list
 
 
 def _fingerprint(row: Row, seed: int) -> bytes:
-    content = json.dumps([seed, row.pieces, row.answer, row.marked])
+    content = json.dumps([seed, row.pieces, row.answer, None])
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()

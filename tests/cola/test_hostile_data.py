@@ -173,12 +173,29 @@ def test_a_long_conversation_is_rendered_as_far_as_it_is_looked_at(
     found = load(tokenizer, path, max_length=100).train[0]
     assert sum(rendered) < 4 * 3000
     rendered.clear()
-    all_of_it = chat._turns(TALK * 100, tokenizer, {}, 10**9)
-    assert len(all_of_it["pieces"]) == 201
-    assert found.labels == load(tokenizer, write([{"messages": TALK * 100}]), max_length=100).train[0].labels
-    monkeypatch.setattr(chat, "_turns", lambda *_: all_of_it)
-    assert found == load(tokenizer, path, max_length=100).train[0]
+    looked_at = chat._looked_at
+    monkeypatch.setattr(chat, "_looked_at", lambda *arguments: looked_at(*arguments[:-1], 10**9))
+    assert found == load(tokenizer, write([{"messages": TALK * 100}]), max_length=100).train[0]
+    assert len(rendered) == 1 + 2 * 100  # all of them
     assert sum(label != IGNORE for label in found.labels) > 20
+
+
+def test_a_long_conversation_with_generation_marks_too(
+    tokenizer: Any, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", MARKED)
+    kept: list[int] = []
+    looked_at = chat._looked_at
+
+    def counted(*arguments: Any) -> Any:
+        pieces = looked_at(*arguments)
+        kept.append(len(pieces))
+        return pieces
+
+    monkeypatch.setattr(chat, "_looked_at", counted)
+    found = load(tokenizer, write([{"messages": TALK * 1500}]), max_length=100).train[0]
+    assert kept[0] < 200
+    assert found == load(tokenizer, write([{"messages": TALK * 100}]), max_length=100).train[0]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,13 @@ def test_numbers_are_those_of_the_file(tokenizer: Any, write: Any) -> None:
     assert texts == [f"<{cell}>" for cell in cells]
 
 
+def test_labels_that_differ_by_one_are_two(tokenizer: Any, write: Any) -> None:
+    first, second = 2**53, 2**53 + 1
+    rows = [{"text": "a", "label": first}, {"text": "a", "label": second}]
+    data = load(tokenizer, write(rows), verbalisers={str(first): " great", str(second): " long"})
+    assert [example.answer for example in data.train] == [0, 1]
+
+
 UNUSED: dict[str, list[Any]] = {
     "numbers, then text": [1, "a"],
     "structs of other keys": [{"a": 1}, {"b": [2]}, {"a": {"c": 3}}],
