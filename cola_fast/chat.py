@@ -12,37 +12,38 @@ and the text between them is what carries loss. Without marks, see `_turns`.
 from __future__ import annotations
 
 import functools
-import json
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .encode import Row
 from .errors import UserError, reason
+from .messages import Chat
 from .watch import Exceeded, watching
 
 LONGEST = 1 << 24  # characters of a rendered conversation
 
 
-def message_rows(
-    source: str, chats: list[list[dict[str, Any]]], tools: list[Any] | None, tokenizer: Any, *, enough: int
-) -> list[Row]:
-    """chats: per row its messages. tools: per row what it describes. enough: tokens of a row that are looked at."""
+def message_rows(source: str, chats: list[Chat], tokenizer: Any, *, enough: int) -> list[Row]:
+    """enough: tokens of a row that are looked at."""
     _refuse_powers(tokenizer.chat_template)
     rows = []
     with watching() as watch:
         for number, chat in enumerate(chats, 1):
             watch.restart()
             try:
-                keys = {} if tools is None else {"tools": _tools(tools[number - 1])}
-                template = _template(tokenizer, keys)
-                keys["chat_template"] = template
-                whole = _render(tokenizer, chat, keys)
+                template = _template(tokenizer, chat.keys.get("tools"))
+                if "tool_calls" not in template and any(message.get("tool_calls") for message in chat.messages):
+                    raise _Refused("it writes no tool calls, so that they cannot be learned")
+                keys = {**chat.keys, "chat_template": template}
+                whole = _render(tokenizer, chat.messages, keys)
                 marked = _with_marks(template)
                 if marked == template:
                     pieces = _turns(whole, chat, tokenizer, keys)
                 else:
-                    pieces = _marked(whole, _render(tokenizer, chat, {**keys, "chat_template": marked}))
+                    text = _render(tokenizer, chat.messages, {**keys, "chat_template": marked})
+                    pieces = _marked(whole, text, chat)
                 rows.append(Row(number, _looked_at(whole, pieces, tokenizer, enough)))
             except (_Refused, Exceeded) as error:
                 why = reason(error)
@@ -69,10 +70,15 @@ def _refuse_powers(template: str | Mapping[str, str]) -> None:
             raise UserError("The tokenizer's chat template raises numbers to powers (**): give it a template without.")
 
 
-def _template(tokenizer: Any, keys: dict[str, Any]) -> str:
+def own_names(tokenizer: Any) -> set[str]:
+    """What apply_chat_template takes for itself, and no template sees as a variable."""
+    return set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents"}
+
+
+def _template(tokenizer: Any, tools: Any) -> str:
     """The one of the tokenizer's templates that transformers takes for this row."""
     try:
-        return str(tokenizer.get_chat_template(tools=keys.get("tools")))
+        return str(tokenizer.get_chat_template(tools=tools))
     except Exception as error:  # several, and none of them by default
         raise _Refused(reason(error)) from None
 
@@ -90,20 +96,6 @@ def _render(tokenizer: Any, chat: list[dict[str, Any]], keys: dict[str, Any], *,
     return text
 
 
-def _tools(cell: Any) -> Any:
-    """Descriptions of tools, as JSON or as structs, in which datasets has filled the keys of other rows with None."""
-    try:
-        return without_none(json.loads(cell) if isinstance(cell, str) else cell)
-    except (ValueError, RecursionError) as error:
-        raise _Refused(f"tools is no JSON that can be read ({reason(error)})") from None
-
-
-def without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
-    return [without_none(inner) for inner in value] if isinstance(value, list) else value
-
-
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters of any text
 
 
@@ -115,32 +107,38 @@ def _with_marks(template: str) -> str:
     return re.sub(r"\{%([-+]?)(\s*endgeneration\s*[-+]?%\})", rf"{{%\1 if true %}}{_END}{{% endif %}}{{%\2", begun)
 
 
-def _marked(whole: str, marked: str) -> Iterator[tuple[str, bool]]:
+def _marked(whole: str, marked: str, chat: Chat) -> Iterator[tuple[str, bool]]:
     """marked: the same conversation, written by the template `_with_marks`."""
     parts = re.split(f"([{_BEGIN}{_END}])", marked)
     if "".join(parts[::2]) != whole:
         raise _Refused("it writes another text where its {% generation %} marks are followed")
-    learn = False
+    turns = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if chat.silent and parts.count(_BEGIN) != len(turns):
+        raise _Refused("its {% generation %} marks are not one a turn, so that those of weight 0 cannot be told")
+    learn, count = False, 0
     for part in parts:
-        learn = part == _BEGIN or (learn and part != _END)
-        if part not in (_BEGIN, _END, ""):
+        if part in (_BEGIN, _END):
+            learn = part == _BEGIN and not (chat.silent and turns[count] in chat.silent)
+            count += part == _END
+        elif part:
             yield part, learn
 
 
-def _turns(whole: str, chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+def _turns(whole: str, chat: Chat, tokenizer: Any, keys: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     """Without those marks: an assistant turn is what rendering it adds to the prompt that asks for it.
 
     Exact only if each rendered prefix of the conversation begins the rendering of the whole; some templates rewrite
     earlier turns once later ones follow, and those are refused. Prefix by prefix, a long conversation takes the square
     of its length; so a turn is rendered when it is asked for.
     """
-    if chat[0]["role"] == "assistant":
+    if chat.messages[0]["role"] == "assistant":
         raise _Refused("it begins with the assistant, so that what it answers cannot be told; put a user's turn first")
     done = 0
-    for turn, message in enumerate(chat):
+    for turn, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
-        before, after = _render(tokenizer, chat[:turn], keys, ask=True), _render(tokenizer, chat[: turn + 1], keys)
+        before = _render(tokenizer, chat.messages[:turn], keys, ask=True)
+        after = _render(tokenizer, chat.messages[: turn + 1], keys)
         if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)):
             raise _Refused(
                 f"it renders message {turn + 1} or those before it differently once more follows, so the assistant's "
@@ -149,7 +147,7 @@ def _turns(whole: str, chat: list[dict[str, Any]], tokenizer: Any, keys: dict[st
         end = len(after.rstrip())  # the line break after the end-of-turn token is not the assistant's to write
         end = end if end > len(before) else len(after)
         yield whole[done : len(before)], False
-        yield whole[len(before) : end], True
+        yield whole[len(before) : end], turn not in chat.silent
         done = end
 
 

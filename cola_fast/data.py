@@ -13,17 +13,16 @@ import math
 import string
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from datetime import date as Date
-from pathlib import Path
 from typing import Any
 
-from .chat import message_rows, without_none
+from . import messages
+from .chat import message_rows, own_names
 from .config import DataConfig
 from .encode import Encoder, Example, Row
 from .errors import UserError, listed, near, shown
 from .tables import Table, read_table
 
-COLUMNS = {"text": ("text",), "completion": ("prompt", "completion"), "messages": ("messages", "tools")}
+COLUMNS = {"text": ("text",), "completion": ("prompt", "completion"), "messages": messages.COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -110,15 +109,8 @@ def _texts(table: Table, column: str) -> list[str]:
     cells = table.column(column)
     for number, cell in enumerate(cells, 1):
         if not isinstance(cell, str):
-            raise _wrong_cell(table, number, column, cell, "text")
+            raise table.wrong_cell(number, column, cell, "text")
     return cells
-
-
-def _wrong_cell(table: Table, number: int, column: str, cell: Any, wanted: str) -> UserError:
-    given = "empty" if cell is None else f"{shown(cell)} ({type(cell).__name__})"
-    guessed = isinstance(cell, Date) and Path(table.source).is_dir()
-    hint = " If it is text in a JSON file of that folder, give the file itself." if guessed else ""
-    return UserError(f"Row {number} of {table.source}: {column} is {given}, but must be {wanted}.{hint}")
 
 
 def _text_rows(table: Table, config: DataConfig, tokenizer: Any) -> list[Row]:
@@ -148,7 +140,7 @@ def _classification_rows(table: Table, config: DataConfig, tokenizer: Any) -> li
     rows = []
     for number, label in enumerate(table.column(config.label_column), 1):
         if not isinstance(label, Hashable):
-            raise _wrong_cell(table, number, config.label_column, label, "a label: text, a number or a truth value")
+            raise table.wrong_cell(number, config.label_column, label, "a label: text, a number or a truth value")
         key = label if label in words else _label_key(label)
         if key not in words and names and isinstance(label, int) and 0 <= label < len(names):
             key = names[label]
@@ -164,7 +156,7 @@ def _classification_rows(table: Table, config: DataConfig, tokenizer: Any) -> li
                 cell = cells[name][number - 1]
                 endless = isinstance(cell, float) and not math.isfinite(cell)  # of a table, NaN: missing
                 if endless or isinstance(cell, bool) or not isinstance(cell, (str, int, float)):
-                    raise _wrong_cell(table, number, name, cell, "text or a number")
+                    raise table.wrong_cell(number, name, cell, "text or a number")
                 prompt += str(cell)
         rows.append(Row(number, ((prompt, False),), tuple(words.values()), keys.index(key)))
     return rows
@@ -208,17 +200,8 @@ def _message_rows(table: Table, config: DataConfig, tokenizer: Any) -> list[Row]
             f"{table.source} holds messages, but the tokenizer has no chat template: use an instruction-tuned model's "
             "tokenizer, or write the rows as prompt and completion."
         )
-    tools = table.column("tools") if "tools" in table.names else None
-    chats = []
-    for number, cell in enumerate(table.column("messages"), 1):
-        if not isinstance(cell, list) or not cell or not all(isinstance(message, dict) for message in cell):
-            raise _wrong_cell(table, number, "messages", cell, "a list of {role, content}")
-        chat = without_none(cell)  # datasets fills the keys that other rows have with None, in arguments of tools too
-        for message in chat:
-            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-                raise _wrong_cell(table, number, "messages", message, "text under role and under content")
-        chats.append(chat)
-    return message_rows(table.source, chats, tools, tokenizer, enough=config.max_length)
+    chats = messages.read_chats(table, own_names(tokenizer))
+    return message_rows(table.source, chats, tokenizer, enough=config.max_length)
 
 
 _ROWS = {

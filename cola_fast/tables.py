@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ class Table:
     def class_names(self, name: str) -> list[str] | None:
         """Of a hub ClassLabel, where 0 may be "negative"."""
         return None if self.as_written else getattr(self.rows.features.get(name), "names", None)
+
+    def wrong_cell(self, number: int, column: str, cell: Any, wanted: str) -> UserError:
+        given = "empty" if cell is None else f"{shown(cell)} ({type(cell).__name__})"
+        guessed = isinstance(cell, date) and Path(self.source).is_dir()
+        hint = " If it is text in a JSON file of that folder, give the file itself." if guessed else ""
+        return UserError(f"Row {number} of {self.source}: {column} is {given}, but must be {wanted}.{hint}")
 
 
 def read_table(source: str, split: str, config: DataConfig, used: Collection[str]) -> Table:

@@ -215,8 +215,8 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
         r"Row 1 .*label is inf, which is not in data.verbalisers",
     ),
     "a label that is huge": ([{"text": "a", "label": "9" * 5000}], WORDS, r"Row 1 .*label is '999"),
-    "deep tools": ([TOOLS], {}, r"Row 1 .*tools is no JSON that can be read \(.*recursion"),
-    "tools that are no JSON": ([{**TOOLS, "tools": "[1"}], {}, r"Row 1 .*tools is no JSON"),
+    "deep tools": ([TOOLS], {}, r"Row 1 .*tools is '\[\[.* must be JSON that can be read \(.*recurs"),
+    "tools that are no JSON": ([{**TOOLS, "tools": "[1"}], {}, r"Row 1 .*tools is '\[1' \(str\), but must be JSON"),
     "tools that are a number": ([{**TOOLS, "tools": 7}], {}, r"Row 1 .*the chat template refuses it"),
     "messages that are a list of lists": ([{"messages": [[1]]}], {}, r"Row 1 .*messages is \[\[1\]\] \(list\)"),
     "a message that holds much": (
