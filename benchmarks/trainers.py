@@ -290,6 +290,7 @@ def _arguments(problem: Problem, folder: str) -> dict[str, Any]:
 def inputs(rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
     """A batch of ours as a model of transformers takes it: the token at i + 1 is the label of place i + 1."""
     batch = collate(rows)
+    assert batch.positions is not None
     labels = torch.full_like(batch.input_ids, IGNORE)
     labels[:, batch.positions + 1] = batch.targets
     given = {"input_ids": batch.input_ids, "labels": labels}

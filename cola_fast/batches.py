@@ -301,7 +301,8 @@ def _parts(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
 def batch_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
     """The summed cross-entropy of the labelled targets (a fp32 scalar) and how many they are.
 
-    logits [B, P, V], or a head's [B, C] or [B, T, C], of any float dtype. Apart from them and their gradient, which has their dtype, memory is a tile.
+    logits [B, P, V], or a head's [B, C] or [B, T, C], of any float dtype. Apart from them and their gradient, which has
+    their dtype, memory is a tile.
     """
     return -_log_likelihoods(logits, batch.targets).sum(), batch.labelled
 

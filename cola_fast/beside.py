@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import store
@@ -27,9 +25,8 @@ from .layer import LoRALinear
 from .peft_format import TOKEN_ROWS, Also
 from .record import START_FILE
 from .sharding import is_sharded
+from .swapped import ROWS, Changed, Wide, WithRows, become, go_back
 from .targets import matching
-
-ROWS = "token_rows"  # the parameter of an embedding, or a head, that holds the trained rows
 
 
 class Beside:
@@ -42,6 +39,7 @@ class Beside:
     def __init__(self, model: nn.Module, modules: Sequence[str] = (), tokens: Sequence[int] = ()) -> None:
         self.model, self.modules, self.tokens = model, list(modules), list(tokens)
         self.start: dict[str, Tensor] = {}
+        self._start_hash: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.modules or self.tokens)
@@ -50,28 +48,28 @@ class Beside:
 
     def open(self) -> None:
         """Let the model train them. All other parameters are left as they are."""
-        for module in self._owners():
-            wide = {name: p for name, p in module._parameters.items() if p is not None and p.element_size() < 4}
-            if wide:
-                narrow = next(iter(wide.values())).dtype
-                for p in wide.values():
-                    p.data = p.data.float()
-                _become(module, _Wide)
-                module.narrow = narrow
+        owners = self._owners()
+        narrow = {p: p.dtype for module in owners for p in module.parameters(recurse=False) if p.element_size() < 4}
+        for module in owners:
+            dtypes = [narrow[p] for p in module.parameters(recurse=False) if p in narrow]
+            if dtypes:
+                become(module, Wide, narrow=dtypes[0])
+        for p in narrow:  # a shared one once
+            p.data = p.data.float()
         for module in map(self.model.get_submodule, self.modules):
             module.requires_grad_(True)
         if self.tokens:
             self._open_rows()
-        self.start = self.values()
+        self.begin_at(self.values())
 
     def close(self) -> None:
         """Plain frozen modules again, with the trained values in them."""
         for _, parameter in self.named_parameters():
             parameter.requires_grad_(False)
         for module in self.model.modules():
-            if isinstance(module, _Changed):
+            if isinstance(module, Changed):
                 module.settle()
-                _go_back(module)
+                go_back(module)
         self.modules, self.tokens = [], []
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -89,10 +87,6 @@ class Beside:
         """Whether it is trained whole, or is part of one that is."""
         return any(module is inner for name in self.modules for inner in self.model.get_submodule(name).modules())
 
-    def tensors(self) -> list[Tensor]:
-        """Live: all that `values` copies, and the frozen rows beside trained ones."""
-        return [*self._live().values(), *(cast(Tensor, module.weight) for module in self._rows.values())]
-
     def _owners(self) -> list[nn.Module]:
         """Every module that itself has a parameter of those trained whole."""
         trained = {p for name in self.modules for p in self.model.get_submodule(name).parameters()}
@@ -105,17 +99,17 @@ class Beside:
             if weight not in shared:
                 rows = weight.detach()[torch.tensor(self.tokens, device=weight.device)]
                 shared[weight] = nn.Parameter(rows.to(torch.promote_types(weight.dtype, torch.float32)))
-            _become(module, _WithRows)
+            become(module, WithRows)
             module.register_parameter(ROWS, shared[weight])
             places = torch.full((len(weight),), -1, dtype=torch.long)
             places[self.tokens] = torch.arange(len(self.tokens))
             module.register_buffer("token_places", places.to(weight.device), persistent=False)
             module.register_buffer("token_ids", torch.tensor(self.tokens, device=weight.device), persistent=False)
 
-    def _with_rows(self) -> list[nn.Module]:
+    def _with_rows(self) -> list[Any]:
         return [m for m in embeddings(self.model) if not self.holds(m)] if self.tokens else []
 
-    def _rows(self) -> dict[str, nn.Module]:
+    def _rows(self) -> dict[str, Any]:
         """Name -> the embedding, and the head unless it is tied to it."""
         names = {module: name for name, module in self.model.named_modules()}
         first = {module.weight: module for module in reversed(self._with_rows())}
@@ -125,7 +119,8 @@ class Beside:
 
     def values(self) -> dict[str, Tensor]:
         """Copies on the CPU, buffers of the modules too, under the names that they have in an adapter of PEFT."""
-        return {name: value.detach().to("cpu", copy=True) for name, value in self._live().items()}
+        live = {name: value.detach() for name, value in self._live().items()}
+        return {n: v.clone() if v.is_meta else v.to("cpu", copy=True) for n, v in live.items()}
 
     def set(self, values: Mapping[str, Tensor], where: str) -> None:
         """Bring back what `values` gave. where: what they were read from, for the sentence if they do not fit."""
@@ -135,9 +130,9 @@ class Beside:
                 live.copy_(values[name])
 
     def require_fitting(self, values: Mapping[str, Tensor], where: str) -> None:
-        """Raises UserError unless there is a value for everything that is trained, of its shape, and for nothing else."""
+        """Raises UserError unless everything that is trained has a value of its shape, and nothing else has one."""
         shapes = {name: list(value.shape) for name, value in self._of_modules().items()}
-        shapes |= {f"{n}.{TOKEN_ROWS}": [len(self.tokens), *m.weight.shape[1:]] for n, m in self._rows().items()}
+        shapes |= {f"{n}.{TOKEN_ROWS}": [len(self.tokens), m.weight.shape[1]] for n, m in self._rows().items()}
         for name in dict.fromkeys([*shapes, *values]):
             given, expected = values.get(name), shapes.get(name)
             if given is None or list(given.shape) != expected:
@@ -165,17 +160,16 @@ class Beside:
         """What an adapter holds of them, as they are now."""
         return Also(tuple(self.modules), {name: list(self.tokens) for name in self._rows()}, self.values())
 
+    @torch.no_grad()
     def settled(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict of the model as a plain model's: trained values rounded to what the model computes with, rows in
         their places."""
         plain = {key: value for key, value in state.items() if key.rpartition(".")[2] != ROWS}
         for name, module in self.model.named_modules(remove_duplicate=False):
-            if isinstance(module, _Wide):
-                for key, p in module._parameters.items():
-                    if p is not None:
-                        plain[_join(name, key)] = p.detach().to(module.narrow)
-            elif isinstance(module, _WithRows):
-                plain[_join(name, "weight")] = module.whole().detach()
+            if isinstance(module, Wide):
+                plain |= {_join(name, key): p for key, p in module.rounded().items()}
+            elif isinstance(module, WithRows):
+                plain[_join(name, "weight")] = module.whole()
         return plain
 
     @torch.no_grad()
@@ -195,13 +189,16 @@ class Beside:
         """Its entry in chain.json."""
         if not self:
             return None
-        return {"modules": self.modules, "tokens": self.tokens, "start": store.sha256(self.start_file())}
+        if self._start_hash is None:
+            self._start_hash = store.sha256(self.start_file())
+        return {"modules": self.modules, "tokens": self.tokens, "start": self._start_hash}
 
     def start_file(self) -> bytes:
-        return safetensors.torch.save({name: self.start[name].contiguous() for name in sorted(self.start)})
+        data: bytes = safetensors.torch.save({name: self.start[name].contiguous() for name in sorted(self.start)})
+        return data
 
     def read_start(self, folder: Path, entry: Mapping[str, Any] | None) -> dict[str, Tensor]:
-        """What `start_file` gave, of a chain's folder and its entry in chain.json, checked. The model is not touched."""
+        """What `start_file` gave, from a chain's folder and its entry in chain.json. The model is not touched."""
         if not entry:
             return {}
         path = folder / START_FILE
@@ -213,7 +210,7 @@ class Beside:
     def begin_at(self, values: Mapping[str, Tensor]) -> None:
         """Begin with these, whatever the model at hand has there."""
         self.set(values, "The start")
-        self.start = dict(values)
+        self.start, self._start_hash = dict(values), None
 
 
 def recorded_beside(model: nn.Module, entry: Mapping[str, Any] | None) -> Beside:
@@ -223,8 +220,8 @@ def recorded_beside(model: nn.Module, entry: Mapping[str, Any] | None) -> Beside
     missing = next((name for name in names if name not in has), None)
     if missing is not None:
         raise UserError(
-            f"The chain trains {missing} beside its links, but this model has no module of that name: load it as it was "
-            "when the chain was attached."
+            f"The chain trains {missing} beside its links, but this model has no module of that name: load it as it "
+            "was when the chain was attached."
         )
     return Beside(model, names, _tokens(model, tokens))
 
@@ -253,7 +250,9 @@ def choose_beside(
         _require_trainable(name, modules[name], targets)
     beside = Beside(model, chosen, _tokens(model, tokens))
     if beside.tokens and (embedding := embeddings(model)[0]) and beside.holds(embedding):
-        raise UserError("train_tokens has rows of the embeddings, which train_also trains whole: leave one of them out.")
+        raise UserError(
+            "train_tokens has rows of the embeddings, which train_also trains whole: leave one of them out."
+        )
     linked = next((n for n, m in targets.items() if beside.tokens and any(m is e for e in embeddings(model))), None)
     if linked is not None:
         raise UserError(f"train_tokens trains rows of {linked}, which is a target of the chain too: leave one out.")
@@ -292,7 +291,7 @@ def _tokens(model: nn.Module, tokens: Sequence[int]) -> list[int]:
     found = embeddings(model)
     if not found or not isinstance(found[0], nn.Embedding):
         raise UserError("train_tokens has tokens, but the model has no embedding of tokens: leave it out.")
-    weight = cast(Tensor, found[0].weight)
+    weight = found[0].weight
     if is_sharded(weight) or not weight.is_floating_point():
         raise UserError("train_tokens has rows of embeddings that are sharded or quantised: leave it out.")
     if not 0 <= min(tokens) <= max(tokens) < len(weight):
@@ -306,99 +305,3 @@ def _tokens(model: nn.Module, tokens: Sequence[int]) -> list[int]:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
-
-
-# --- modules that have changed their class ----------------------------------------------------------------------------
-
-
-class _Changed:
-    """A module whose class was exchanged for one that derives from it, see `_become`."""
-
-    mixin: type
-    plain: type[nn.Module]
-
-    def settle(self) -> None:
-        """Give a plain module's parameters the trained values."""
-        raise NotImplementedError
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # copied and pickled by what it is made of
-        return _empty, (self.mixin, self.plain), vars(self)
-
-
-class _Wide(_Changed):
-    """Keeps its own parameters in 32 bits and computes with them in 16."""
-
-    narrow: torch.dtype
-
-    def settle(self) -> None:
-        for p in cast(nn.Module, self).parameters(recurse=False):
-            p.data = p.data.to(self.narrow)  # of a shared one, once more what it is already
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        forward = super().forward  # type: ignore[misc]
-        if self.plain is nn.Embedding:  # the rows that are looked up, not all of them
-            return forward(*args, **kwargs).to(self.narrow)
-        own = cast(nn.Module, self)._parameters
-        rounded = {key: p.to(self.narrow) for key, p in own.items() if p is not None}
-        return _with(self, rounded, lambda: forward(*args, **kwargs))
-
-
-class _WithRows(_Changed):
-    """An embedding or output head [V, K] with its own values, `token_rows` [n, K], for the rows of `token_ids`."""
-
-    weight: Tensor
-    token_rows: Tensor
-    token_ids: Tensor  # [n]
-    token_places: Tensor  # [V]: where in token_rows, or -1
-
-    def settle(self) -> None:
-        self.weight.data.index_copy_(0, self.token_ids, self.token_rows.detach().to(self.weight.dtype))
-
-    def whole(self) -> Tensor:
-        return self.weight.index_copy(0, self.token_ids, self.token_rows.to(self.weight.dtype))
-
-    def forward(self, input: Tensor) -> Tensor:
-        forward = super().forward  # type: ignore[misc]
-        rows = self.token_rows.to(self.weight.dtype)
-        if self.plain is nn.Embedding:
-            place = self.token_places[input]
-            mine = F.embedding(place.clamp(min=0), rows)
-            return torch.where((place >= 0).unsqueeze(-1), mine, forward(input))
-        if self.plain is nn.Linear and cast(Any, self).bias is None:
-            y: Tensor = forward(input)
-            return y.index_copy_(-1, self.token_ids, F.linear(input, rows))
-        return cast(Tensor, _with(self, {"weight": self.whole()}, lambda: forward(input)))
-
-
-def _with(module: Any, values: Mapping[str, Tensor], call: Any) -> Any:
-    """`call()` while the module sees other tensors in place of its parameters: what is in an object's own dict is found
-    before what nn.Module looks up."""
-    vars(module).update(values)
-    try:
-        return call()
-    finally:
-        for key in values:
-            del vars(module)[key]
-
-
-@cache
-def _derived(mixin: type, plain: type[nn.Module]) -> type[nn.Module]:
-    return type(plain.__name__, (mixin, plain), {"mixin": mixin, "plain": plain, "__module__": plain.__module__})
-
-
-def _empty(mixin: type, plain: type[nn.Module]) -> nn.Module:
-    kind = _derived(mixin, plain)
-    return kind.__new__(kind)
-
-
-def _become(module: Any, mixin: type) -> None:
-    module.__class__ = _derived(mixin, type(module))
-
-
-def _go_back(module: Any) -> None:
-    if isinstance(module, _Wide):
-        del module.narrow
-    else:
-        for key in (ROWS, "token_places", "token_ids"):
-            delattr(module, key)
-    module.__class__ = module.plain

@@ -215,8 +215,8 @@ class ChainCallback(TrainerCallback):
         left_out = next((name for name, p in self.chain.named_parameters() if p not in held), None)
         if left_out is not None:
             raise UserError(
-                f"The Trainer's optimizer does not hold {left_out}, which the chain trains: let the Trainer make it, or "
-                "make it from chain.parameters()."
+                f"The Trainer's optimizer does not hold {left_out}, which the chain trains: let the Trainer make it, "
+                "or make it from chain.parameters()."
             )
 
     def _spans(self) -> list[dict[str, int]]:

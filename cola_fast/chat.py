@@ -2,41 +2,61 @@
 
 A template is a program that came with the model. transformers runs it in a sandbox; here it also gets a limit of time
 and memory, and whatever it raises is said with the row.
+
+**Whose words.** A template may mark by {% generation %} what the assistant writes. transformers makes a mask of tokens
+of that (return_assistant_tokens_mask), which is not used here: it gives the assistant a token that is another's, too,
+and places the marks wrongly that a macro writes. Here the template writes two characters of ours where its marks are,
+and the text between them is what carries loss. Without marks, see `_turns`.
+
+**Which day.** A template may ask for the day by strftime_now. It is told the one that its run began on, always, so that
+a run's data is the same tomorrow.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 from .encode import Row
 from .errors import UserError, reason
+from .messages import Chat
 from .watch import Exceeded, watching
 
 LONGEST = 1 << 24  # characters of a rendered conversation
 
 
-def message_rows(
-    source: str, chats: list[list[dict[str, Any]]], tools: list[Any] | None, tokenizer: Any, *, enough: int
-) -> list[Row]:
-    """chats: per row its messages. tools: per row what it describes. enough: tokens of a row that are looked at."""
-    _refuse_powers(tokenizer.chat_template)
-    marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
+def message_rows(source: str, chats: list[Chat], tokenizer: Any, *, enough: int, date: datetime) -> list[Row]:
+    """enough: tokens of a row that are looked at. date: today, as far as the template is told."""
+    _refuse_powers_and_chance(tokenizer.chat_template)
     rows = []
     with watching() as watch:
         for number, chat in enumerate(chats, 1):
             watch.restart()
             try:
-                keys = {} if tools is None else {"tools": _tools(tools[number - 1])}
-                found = _marked(chat, tokenizer, keys) if marks else _turns(chat, tokenizer, keys, enough)
+                template = _dated(_template(tokenizer, chat.keys.get("tools")), date)
+                if "tool_calls" not in template and any(message.get("tool_calls") for message in chat.messages):
+                    raise _Refused("it writes no tool calls, so that they cannot be learned")
+                keys = {**chat.keys, "chat_template": template}
+                whole = _render(tokenizer, chat.messages, keys)
+                marked = _with_marks(template)
+                if marked == template:
+                    pieces = _turns(whole, chat, tokenizer, keys)
+                else:
+                    text = _render(tokenizer, chat.messages, {**keys, "chat_template": marked})
+                    pieces = _marked(whole, text, chat)
+                read = [chat.messages, chat.keys, sorted(chat.silent)]
+                rows.append(Row(number, _looked_at(whole, pieces, tokenizer, enough), read=read))
             except (_Refused, Exceeded) as error:
                 why = reason(error)
-                if isinstance(error, Exceeded) and not marks:
-                    why += "; give shorter conversations, or add {% generation %} marks to the template"
+                if isinstance(error, Exceeded):
+                    why += "; give shorter conversations, or add {% generation %} marks to a template without"
                 raise UserError(f"Row {number} of {source}: the chat template refuses it: {why}.") from None
-            rows.append(Row(number, **found))
     return rows
 
 
@@ -44,77 +64,103 @@ class _Refused(Exception):
     """By the template, or because of it; part of a sentence."""
 
 
-def _refuse_powers(template: str | Mapping[str, str]) -> None:
-    """9**9**9 is one operation that nothing interrupts, and no conversation needs it."""
+def _refuse_powers_and_chance(template: str | Mapping[str, str]) -> None:
+    """9**9**9 is one operation that nothing interrupts, and no conversation needs it. Chance makes other data of a row
+    in the next process."""
     import jinja2
 
     for text in template.values() if isinstance(template, Mapping) else [template]:
         try:
-            tokens = [value for _, kind, value in jinja2.Environment().lex(str(text)) if kind == "operator"]
+            found = [word for _, kind, word in jinja2.Environment().lex(str(text)) if kind in ("operator", "name")]
         except jinja2.TemplateError:
             continue  # rendering says it
-        if "**" in tokens:
+        if "**" in found:
             raise UserError("The tokenizer's chat template raises numbers to powers (**): give it a template without.")
+        if "lipsum" in found or ("|", "random") in itertools.pairwise(found):
+            raise UserError("The tokenizer's chat template writes random text: give it a template without.")
 
 
-def _render(tokenizer: Any, chat: list[dict[str, Any]], **keys: Any) -> Any:
+_NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"\\]*"|'[^'\\]*')\s*\)""")
+
+
+@functools.lru_cache(4)
+def _dated(template: str, date: datetime) -> str:
+    """The template, with that date where it asks transformers for the present one."""
+    dated = _NOW.sub(lambda call: json.dumps(date.strftime(call[1][1:-1])), template)
+    if re.search(r"strftime_now(?!\s+is\b)", re.sub(r"\{#.*?#\}", "", dated, flags=re.DOTALL)):
+        raise _Refused("it asks for the date by other means than strftime_now('FORMAT'), so that it cannot be told it")
+    return dated
+
+
+def own_names(tokenizer: Any) -> set[str]:
+    """What apply_chat_template takes for itself, and no template sees as a variable."""
+    return set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents"}
+
+
+def _template(tokenizer: Any, tools: Any) -> str:
+    """The one of the tokenizer's templates that transformers takes for this row."""
     try:
-        return tokenizer.apply_chat_template(chat, **keys)
+        return str(tokenizer.get_chat_template(tools=tools))
+    except Exception as error:  # several, and none of them by default
+        raise _Refused(reason(error)) from None
+
+
+def _render(tokenizer: Any, chat: list[dict[str, Any]], keys: dict[str, Any], *, ask: bool = False) -> str:
+    """keys: what the template gets beside the messages, and `chat_template`. ask: for the assistant's turn."""
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask, **keys))
     except Exceeded:
         raise
     except Exception as error:  # a template raises whatever it likes
         raise _Refused(reason(error)) from None
+    if len(text) > LONGEST:
+        raise _Refused(f"it makes {len(text)} characters of it")
+    return text
 
 
-def _tools(cell: Any) -> Any:
-    """Descriptions of tools, as JSON or as structs, in which datasets has filled the keys of other rows with None."""
-    try:
-        return without_none(json.loads(cell) if isinstance(cell, str) else cell)
-    except (ValueError, RecursionError) as error:
-        raise _Refused(f"tools is no JSON that can be read ({reason(error)})") from None
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters of any text
 
 
-def without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
-    return [without_none(inner) for inner in value] if isinstance(value, list) else value
+@functools.lru_cache(4)
+def _with_marks(template: str) -> str:
+    """The template, writing _BEGIN and _END where its generation marks are. They are written by blocks of their own,
+    as a block takes away the same white space around it as the mark did."""
+    begun = re.sub(r"(\{%[-+]?\s*generation\s*)([-+]?)%\}", rf"\1%}}{{% if true %}}{_BEGIN}{{% endif \2%}}", template)
+    return re.sub(r"\{%([-+]?)(\s*endgeneration\s*[-+]?%\})", rf"{{%\1 if true %}}{_END}{{% endif %}}{{%\2", begun)
 
 
-def _marked(chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any]) -> dict[str, Any]:
-    """The template says itself, by {% generation %}, which tokens the assistant writes. keys: for the template."""
-    both = _render(tokenizer, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **keys)
-    return {"marked": (list(both["input_ids"]), [bool(mark) for mark in both["assistant_masks"]])}
+def _marked(whole: str, marked: str, chat: Chat) -> Iterator[tuple[str, bool]]:
+    """marked: the same conversation, written by the template `_with_marks`."""
+    parts = re.split(f"([{_BEGIN}{_END}])", marked)
+    if "".join(parts[::2]) != whole:
+        raise _Refused("it writes another text where its {% generation %} marks are followed")
+    turns = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if chat.silent and parts.count(_BEGIN) != len(turns):
+        raise _Refused("its {% generation %} marks are not one a turn, so that those of weight 0 cannot be told")
+    learn, count = False, 0
+    for part in parts:
+        if part in (_BEGIN, _END):
+            learn = part == _BEGIN and not (chat.silent and turns[count] in chat.silent)
+            count += part == _END
+        elif part:
+            yield part, learn
 
 
-def _turns(chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any], enough: int) -> dict[str, Any]:
+def _turns(whole: str, chat: Chat, tokenizer: Any, keys: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     """Without those marks: an assistant turn is what rendering it adds to the prompt that asks for it.
 
     Exact only if each rendered prefix of the conversation begins the rendering of the whole; some templates rewrite
     earlier turns once later ones follow, and those are refused. Prefix by prefix, a long conversation takes the square
-    of its length; turns that begin behind `enough` tokens carry no loss that is looked at, and are left unrendered.
+    of its length; so a turn is rendered when it is asked for.
     """
-
-    def render(count: int, ask: bool) -> str:
-        text = str(_render(tokenizer, chat[:count], tokenize=False, add_generation_prompt=ask, **keys))
-        if len(text) > LONGEST:
-            raise _Refused(f"it makes {len(text)} characters of it")
-        return text
-
-    if chat[0]["role"] == "assistant":
+    if chat.messages[0]["role"] == "assistant":
         raise _Refused("it begins with the assistant, so that what it answers cannot be told; put a user's turn first")
-    whole = render(len(chat), False)
-    pieces: list[tuple[str, bool]] = []
     done = 0
-    look_at = 16  # pieces; twice as many each time, so that looking takes no longer than rendering
-    for turn, message in enumerate(chat):
+    for turn, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
-        if len(pieces) >= look_at:
-            look_at *= 2
-            # twice: pieces may have fewer tokens apart than together, but not half as many
-            if len(tokenizer(whole[:done], add_special_tokens=False, verbose=False)["input_ids"]) > 2 * enough:
-                break
-        before, after = render(turn, True), render(turn + 1, False)
+        before = _render(tokenizer, chat.messages[:turn], keys, ask=True)
+        after = _render(tokenizer, chat.messages[: turn + 1], keys)
         if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)):
             raise _Refused(
                 f"it renders message {turn + 1} or those before it differently once more follows, so the assistant's "
@@ -122,6 +168,25 @@ def _turns(chat: list[dict[str, Any]], tokenizer: Any, keys: dict[str, Any], eno
             )
         end = len(after.rstrip())  # the line break after the end-of-turn token is not the assistant's to write
         end = end if end > len(before) else len(after)
-        pieces += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
+        yield whole[done : len(before)], False
+        yield whole[len(before) : end], turn not in chat.silent
         done = end
-    return {"pieces": (*pieces, (whole[done:], False))}
+
+
+def _looked_at(
+    whole: str, pieces: Iterable[tuple[str, bool]], tokenizer: Any, enough: int
+) -> tuple[tuple[str, bool], ...]:
+    """The whole as pieces; what begins behind `enough` tokens is one without loss, as none is looked at there, and
+    telling pieces apart takes the square of their number."""
+    kept: list[tuple[str, bool]] = []
+    done = 0
+    look_at = 16  # pieces; twice as many each time, so that looking takes no longer than what it saves
+    for text, learn in pieces:
+        if len(kept) >= look_at:
+            look_at *= 2
+            # twice: pieces may have fewer tokens apart than together, but not half as many
+            if len(tokenizer(whole[:done], add_special_tokens=False, verbose=False)["input_ids"]) > 2 * enough:
+                break
+        kept.append((text, learn))
+        done += len(text)
+    return (*kept, (whole[done:], False))

@@ -330,8 +330,8 @@ def _validate_task(config: Config) -> None:
         return
     _require(
         len(set(map(str, m.labels))) == len(m.labels) > 1,
-        f"model.task is {m.task}, but model.labels does not name at least two different classes: list them in the order "
-        "of the head's outputs.",
+        f"model.task is {m.task}, but model.labels does not name at least two different classes: list them in the "
+        "order of the head's outputs.",
     )
     for holds, what in (
         (d.format == "auto", f"data.format is {d.format}"),

@@ -45,8 +45,8 @@ class Row:
     pieces: tuple[tuple[str, bool], ...] = ()  # text, carries loss
     choices: tuple[str, ...] = ()  # classification: what may follow the pieces
     answer: int = -1
-    marked: tuple[list[int], list[bool]] | None = None  # already tokens: ids, carries loss
     classes: tuple[int, ...] = ()  # of a head that classifies: the row's, or one a piece
+    read: Any = None  # what the pieces were made of, if by the tokenizer's template
 
 
 class Encoder:
@@ -84,8 +84,6 @@ class Encoder:
             added = self._added(ids, next(tokens), text)
             ids, loss = ids + added, loss + [learn] * len(added)
             prompt_length = prompt_length if learn else len(ids)
-        if row.marked is not None:
-            ids, loss = row.marked
         candidates = tuple(tuple(self._added(ids, next(tokens), choice)) for choice in row.choices)
         if candidates:
             if candidates != self.distinct and _clash(candidates):

@@ -8,8 +8,10 @@ token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from .config import ModelConfig
 from .encode import IGNORE, Example, Row
 from .errors import UserError
 
@@ -18,7 +20,6 @@ AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
-TASKS = tuple(task for task in AUTO_CLASSES if task != "causal-lm")
 
 
 def names(model: Any) -> list[str]:
@@ -34,12 +35,29 @@ def is_part(model: Any, key: str) -> bool:
     return any(key.startswith(f"{name}.") for name in names(model))
 
 
+@dataclass(frozen=True)
+class Head:
+    """What reading data for it needs."""
+
+    kind: str  # of its rows: labelled (texts) or words
+    labels: tuple[str | int, ...]
+    pad: int  # the token that the model knows as padding
+
+
+def head_of(model: Any, config: ModelConfig) -> Head | None:
+    """None for a model that writes."""
+    if config.task == "causal-lm":
+        return None
+    kind = "labelled" if config.task == "sequence-classification" else "words"
+    return Head(kind, config.labels, model.config.pad_token_id or 0)
+
+
 class HeadEncoder:
     """Rows of one source to examples, as `encode.Encoder`: of a row whose pieces are the text, or the words, and whose
     `classes` are the labels."""
 
-    def __init__(self, kind: str, tokenizer: Any, too_long: str, max_length: int, source: str, pad: int) -> None:
-        self.each_token, self.tokenizer, self.source, self.pad = kind == "tokens", tokenizer, source, pad
+    def __init__(self, head: Head, tokenizer: Any, too_long: str, max_length: int, source: str) -> None:
+        self.each_token, self.tokenizer, self.source, self.pad = head.kind == "words", tokenizer, source, head.pad
         self.too_long, self.max_length = too_long, max_length
         if self.each_token and not tokenizer.is_fast:
             raise UserError(
@@ -84,8 +102,3 @@ class HeadEncoder:
             labels.append(IGNORE if word is None or word == last else row.classes[word])
             last = word
         return labels
-
-
-def class_of(label: Any, labels: Sequence[str | int]) -> int | None:
-    """Its place among `model.labels`, where 1 and "1" are the same; None if it is not there."""
-    return next((i for i, known in enumerate(labels) if str(known) == str(label)), None)

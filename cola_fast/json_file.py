@@ -1,14 +1,24 @@
-"""Is a file what a JSON reader may be given: objects, one after the other or in one list, and not too deep?
+"""JSON files: objects, one after the other or in one list, each of which is a row.
 
-pyarrow's reader, which `datasets` calls, dies (SIGSEGV) where a value is null instead of an object, or some thousand
-deep. So the brackets are counted first. Nothing is parsed: where each line is an object, a GB takes about a second.
+`refusal` looks at a file before anything parses it. pyarrow's reader, which `datasets` calls for the files of a folder,
+dies (SIGSEGV) where a value is null instead of an object, or some thousand deep; so the brackets are counted first.
+Where each line is an object, a GB takes about a second.
+
+`read` parses with Python's json, which knows no types of columns: "2024-01-10" is text, 7 is 7 where another row has
+7.5, and a struct has the keys that its own row wrote. Only the cells of columns that are used are kept.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import mmap
 import re
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from .errors import UserError, reason, shown
 
 DEPTH = 50  # of lists and objects in each other
 _MARK = re.compile(rb'["\[\]{}]')
@@ -82,3 +92,110 @@ def _no_object(data: mmap.mmap, place: int) -> str:
 
 def _line(data: mmap.mmap, place: int) -> int:
     return 1 + sum(data[start : min(start + (1 << 20), place)].count(b"\n") for start in range(0, place, 1 << 20))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair
+
+
+def read(path: Path, used: Collection[str], limit: int | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """The first `limit` rows, with their cells of the columns `used`; and the names of all columns."""
+    names: dict[str, None] = {}
+    rows: list[dict[str, Any]] = []
+    for row, half in itertools.islice(_rows(path), limit):
+        if not isinstance(row, dict):
+            raise UserError(f"Row {len(rows) + 1} of {path} is {shown(row)}, but must be an object.")
+        names |= dict.fromkeys(row)
+        rows.append({name: row[name] for name in used if name in row})
+        if half and not _is_text(rows[-1]):
+            raise UserError(
+                f"Row {len(rows)} of {path} has half of a surrogate pair (such as \\ud83d), which is no character: "
+                "write the whole pair, or the character itself."
+            )
+    return rows, list(names)
+
+
+def _rows(path: Path) -> Iterator[tuple[Any, bool]]:
+    """Each row, and whether its text may have half a surrogate pair. Line by line, but for a list and for objects over
+    several lines, of which the whole text is held in memory."""
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                values: Iterable[Any]
+                if text.lstrip(" \t\r\n").startswith("["):
+                    text += file.read().decode()
+                    values = _items(text)
+                else:
+                    try:
+                        values = list(_values(text))
+                    except json.JSONDecodeError as error:
+                        if error.pos < len(text.rstrip()):
+                            raise
+                        text += file.read().decode()  # the line ends within an object
+                        values = _values(text)
+                half = _HALF.search(text) is not None
+                yield from ((value, half) for value in values)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (line {number} or later: {error.reason}): convert it.") from None
+    except json.JSONDecodeError as error:
+        line_number = number + error.lineno - 1
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: line {line_number}: {error.msg}.") from None
+
+
+def _values(text: str) -> Iterator[Any]:
+    place = _skip(text, 0)
+    while place < len(text):
+        value, place = _value(text, place)
+        yield value
+        place = _skip(text, place)
+
+
+def _items(text: str) -> Iterator[Any]:
+    place = _skip(text, text.index("[") + 1)
+    more = not text.startswith("]", place)
+    while more:
+        value, place = _value(text, place)
+        yield value
+        place = _skip(text, place)
+        more = text.startswith(",", place)
+        if not more and not text.startswith("]", place):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+        place = _skip(text, place + 1) if more else place
+    if _skip(text, place + 1) < len(text):
+        raise json.JSONDecodeError("Extra data", text, place + 1)
+
+
+def _skip(text: str, place: int) -> int:
+    return _SPACE.match(text, place).end()  # type: ignore[union-attr]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has the key {shown(next(key for key in made if keys.count(key) > 1))} twice")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _value(text: str, place: int) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, place)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # a key that is there twice, a number of 5,000 digits
+        raise json.JSONDecodeError(reason(error), text, place) from None
+
+
+def _is_text(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

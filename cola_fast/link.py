@@ -42,8 +42,8 @@ class SealedLink:
         for name, tensor in peft.get("also", peft_format.Also()).tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise UserError(
-                    f"{name}, which is trained beside the links, holds NaN or infinite values, so that link {index} was "
-                    "not tied: go back to the last good state, and lower the learning rate."
+                    f"{name}, which is trained beside the links, holds NaN or infinite values, so that link {index} "
+                    "was not tied: go back to the last good state, and lower the learning rate."
                 )
         contents = peft_format.encode(factors, **peft)
         ranks = {name: f.rank for name, f in factors.items()}

@@ -57,7 +57,7 @@ from .prepare import (
 )
 from .progress import SECONDS_BETWEEN_LINES, Progress
 from .record import newest_state, read_record
-from .run import CONFIG_KEY, Run, recorded
+from .run import Run
 from .schedule import Schedule
 from .sharding import shard
 from .signals import collected_signals
@@ -106,7 +106,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
         with world.together():
             model, device = load_base(config)
             tokenizer = load_tokenizer(config.model)
-            data = read_data(config, model, tokenizer)
+            data = read_data(config, model, tokenizer, run.date)
             schedule, feed = prepare(config, data, flat=wants_flat(model))
         with world.together():
             if device is not None:
@@ -128,14 +128,14 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                     model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
                     seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
                     scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry, gate=c.gate,
-                    batches=looked_at(config, data, 0), original=original_model(config), train_also=train_also(config, model),
-                    train_tokens=c.train_tokens,
+                    batches=looked_at(config, data, 0), original=original_model(config),
+                    train_also=train_also(config, model), train_tokens=c.train_tokens,
                 )  # fmt: skip
             for span in schedule.spans:
                 chain.ranks(span.rank)
             if chain.open_link is not None:
                 rehearse(chain, config)
-            chain.about = {CONFIG_KEY: recorded(config)}
+            chain.about = run.about
             obstacle = liger.obstacle(model, chain.beside) if config.train.use_liger else None
             use_liger = config.train.use_liger and not obstacle
             loss = liger.summed_loss if use_liger else _summed_loss

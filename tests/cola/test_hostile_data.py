@@ -39,7 +39,7 @@ UNREADABLE: dict[str, tuple[str, str, str]] = {
     "deep in a list": ("a.json", '[{"text": ' + DEEP + "}]", "line 1 has more than 50 lists and objects"),
     "deep and not closed": ("a.json", '{"a": ' + "[" * 20_000, "line 1 has more than 50 lists and objects"),
     "a long number": ("a.jsonl", '{"text": "a"}\n{"text": ' + "9" * 5000 + "}\n", "a.jsonl"),
-    "two of a key": ("a.jsonl", '{"text": "a", "text": "b"}\n', r"was specified twice in row 0"),
+    "two of a key": ("a.jsonl", '{"text": "a", "text": "b"}\n', "line 1: an object has the key 'text' twice"),
     "a truncated list": ("a.json", "[" + GOOD, "cannot be read as json"),
     "a truncated string": ("a.jsonl", GOOD + '{"text": "a', "cannot be read as jsonl: line 2"),
 }
@@ -111,7 +111,7 @@ TEMPLATES = {
         "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
         "It takes more than 0.5 s of computing, or more than|MemoryError",
     ),
-    "lorem ipsum": ("{{ lipsum(n=100000000) }}", "It takes more than 0.5 s of computing"),
+    "lorem ipsum": ("{{ lipsum(n=100000000) }}", "writes random text"),
     "a huge range": ("{{ range(10000000) | list }}", "Range too big"),
     "much text": ("{{ 'x' * 20000000 }}", "it makes 20000000 characters of it"),
     "powers": ("{{ 9**9**9 }}", r"raises numbers to powers \(\*\*\)"),
@@ -173,12 +173,29 @@ def test_a_long_conversation_is_rendered_as_far_as_it_is_looked_at(
     found = load(tokenizer, path, max_length=100).train[0]
     assert sum(rendered) < 4 * 3000
     rendered.clear()
-    all_of_it = chat._turns(TALK * 100, tokenizer, {}, 10**9)
-    assert len(all_of_it["pieces"]) == 201
-    assert found.labels == load(tokenizer, write([{"messages": TALK * 100}]), max_length=100).train[0].labels
-    monkeypatch.setattr(chat, "_turns", lambda *_: all_of_it)
-    assert found == load(tokenizer, path, max_length=100).train[0]
+    looked_at = chat._looked_at
+    monkeypatch.setattr(chat, "_looked_at", lambda *arguments: looked_at(*arguments[:-1], 10**9))
+    assert found == load(tokenizer, write([{"messages": TALK * 100}]), max_length=100).train[0]
+    assert len(rendered) == 1 + 2 * 100  # all of them
     assert sum(label != IGNORE for label in found.labels) > 20
+
+
+def test_a_long_conversation_with_generation_marks_too(
+    tokenizer: Any, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", MARKED)
+    kept: list[int] = []
+    looked_at = chat._looked_at
+
+    def counted(*arguments: Any) -> Any:
+        pieces = looked_at(*arguments)
+        kept.append(len(pieces))
+        return pieces
+
+    monkeypatch.setattr(chat, "_looked_at", counted)
+    found = load(tokenizer, write([{"messages": TALK * 1500}]), max_length=100).train[0]
+    assert kept[0] < 200
+    assert found == load(tokenizer, write([{"messages": TALK * 100}]), max_length=100).train[0]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -195,11 +212,11 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a label that is infinite": (
         '{"text": "a", "label": 1e400}\n',
         WORDS,
-        r"cannot be read as jsonl: .*Number too big",
+        r"Row 1 .*label is inf, which is not in data.verbalisers",
     ),
     "a label that is huge": ([{"text": "a", "label": "9" * 5000}], WORDS, r"Row 1 .*label is '999"),
-    "deep tools": ([TOOLS], {}, r"Row 1 .*tools is no JSON that can be read \(.*recursion"),
-    "tools that are no JSON": ([{**TOOLS, "tools": "[1"}], {}, r"Row 1 .*tools is no JSON"),
+    "deep tools": ([TOOLS], {}, r"Row 1 .*tools is '\[\[.* must be JSON that can be read \(.*recurs"),
+    "tools that are no JSON": ([{**TOOLS, "tools": "[1"}], {}, r"Row 1 .*tools is '\[1' \(str\), but must be JSON"),
     "tools that are a number": ([{**TOOLS, "tools": 7}], {}, r"Row 1 .*the chat template refuses it"),
     "messages that are a list of lists": ([{"messages": [[1]]}], {}, r"Row 1 .*messages is \[\[1\]\] \(list\)"),
     "a message that holds much": (

@@ -4,7 +4,8 @@ test_callback.py.
 Everything heavy is imported once; each command, a JSON line on stdin, forks a child.
 Answers {"killed": bool, "code": n}.
 
-    {"trainer": "transformers" | "classifier" | "trl" | "reward", "model": folder, "out": folder, "resume": bool, "kill": "step_end 5" | null}
+    {"trainer": "transformers" | "classifier" | "trl" | "reward", "model": folder, "out": folder, "resume": bool,
+     "kill": "step_end 5" | null}
 
 kill: the event and the step at which the child gets SIGKILL; `step_end` is after the callback has done its part,
 `save` before it has, `copied` in the middle of its part. A child that ends writes its links' hashes to OUT/links.json.
@@ -125,7 +126,12 @@ def run(command: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _ = trl.SFTTrainer, trl.SFTConfig, trl.RewardTrainer, trl.RewardConfig  # imported when first asked for: have them before the first fork
+    _ = (
+        trl.SFTTrainer,
+        trl.SFTConfig,
+        trl.RewardTrainer,
+        trl.RewardConfig,
+    )  # imported when first asked for: have them before the first fork
     warm = False
     for line in sys.stdin:
         command = json.loads(line)
