@@ -311,14 +311,14 @@ def test_the_best_checkpoint_is_kept_and_loads(tmp_path: Path) -> None:
     assert loss == pytest.approx(trainer.state.best_metric, abs=1e-6)
 
 
-@pytest.mark.parametrize("problem", ["used", "other-model", "late", "too-few-steps", "rank", "plateau"])
+@pytest.mark.parametrize("problem", ["used", "other-model", "late", "too-few-steps", "rank", "plateau", "unfrozen"])
 def test_refused_before_the_first_step(problem: str, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {}
     callback: dict[str, Any] = {}
     sentence = {
         "used": "1 sealed links already", "other-model": "not attached to the Trainer's model",
         "late": "from its start", "too-few-steps": "2 steps for 3 links", "rank": "first_rank=3",
-        "plateau": "lr_span is restart",
+        "plateau": "lr_span is restart", "unfrozen": "model.norm.weight is trained too",
     }[problem]  # fmt: skip
     if problem == "too-few-steps":
         arguments["max_steps"] = 2
@@ -341,6 +341,8 @@ def test_refused_before_the_first_step(problem: str, tmp_path: Path) -> None:
     if problem == "late":
         trainer.remove_callback(ChainCallback)
         trainer.add_callback(ChainCallback(chain, links=3))
+    if problem == "unfrozen":
+        trainer.model.model.norm.requires_grad_(True)
     weights = [p.clone() for p in trainer.model.parameters()]
     with pytest.raises(UserError, match=sentence):
         trainer.train()

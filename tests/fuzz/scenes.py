@@ -53,7 +53,7 @@ def make_world(folder: Path, model: Path, data: dict[str, str]) -> World:
             **{split: str(folder / "work" / "data" / f"{split}.jsonl") for split in data},
             "template": "{text} it was", "verbalisers": {"0": " bad", "1": " good"}, "max_length": 16, "limit": 32,
         },
-        "chain": {"r": 2, "alpha": 4, "dropout": 0.1},
+        "chain": {"r": 2, "alpha": 4, "dropout": 0.1, "train_also": ["norm"]},
         "schedule": {"links": 2, "steps": 6, "lr": 0.02},
         "train": {"batch_size": 4, "save_every": 1, "log_every": 1, "eval_every": 2},
     }  # fmt: skip
