@@ -65,8 +65,8 @@ class _Refused(Exception):
 
 
 def _refuse_powers_and_chance(template: str | Mapping[str, str]) -> None:
-    """9**9**9 is one operation that nothing interrupts, and no conversation needs it. Chance makes other data of a row
-    in the next process."""
+    """9**9**9 is one operation that nothing interrupts, and no conversation needs it. Chance would make other data of
+    a row in the next process."""
     import jinja2
 
     for text in template.values() if isinstance(template, Mapping) else [template]:
