@@ -7,14 +7,20 @@ and memory, and whatever it raises is said with the row.
 of that (return_assistant_tokens_mask), which is not used here: it gives the assistant a token that is another's, too,
 and places the marks wrongly that a macro writes. Here the template writes two characters of ours where its marks are,
 and the text between them is what carries loss. Without marks, see `_turns`.
+
+**Which day.** A template may ask for the day by strftime_now. It is told the one that its run began on, always, so that
+a run's data is the same tomorrow.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 from .encode import Row
@@ -25,15 +31,15 @@ from .watch import Exceeded, watching
 LONGEST = 1 << 24  # characters of a rendered conversation
 
 
-def message_rows(source: str, chats: list[Chat], tokenizer: Any, *, enough: int) -> list[Row]:
-    """enough: tokens of a row that are looked at."""
-    _refuse_powers(tokenizer.chat_template)
+def message_rows(source: str, chats: list[Chat], tokenizer: Any, *, enough: int, date: datetime) -> list[Row]:
+    """enough: tokens of a row that are looked at. date: today, as far as the template is told."""
+    _refuse_powers_and_chance(tokenizer.chat_template)
     rows = []
     with watching() as watch:
         for number, chat in enumerate(chats, 1):
             watch.restart()
             try:
-                template = _template(tokenizer, chat.keys.get("tools"))
+                template = _dated(_template(tokenizer, chat.keys.get("tools")), date)
                 if "tool_calls" not in template and any(message.get("tool_calls") for message in chat.messages):
                     raise _Refused("it writes no tool calls, so that they cannot be learned")
                 keys = {**chat.keys, "chat_template": template}
@@ -44,7 +50,8 @@ def message_rows(source: str, chats: list[Chat], tokenizer: Any, *, enough: int)
                 else:
                     text = _render(tokenizer, chat.messages, {**keys, "chat_template": marked})
                     pieces = _marked(whole, text, chat)
-                rows.append(Row(number, _looked_at(whole, pieces, tokenizer, enough)))
+                read = [chat.messages, chat.keys, sorted(chat.silent)]
+                rows.append(Row(number, _looked_at(whole, pieces, tokenizer, enough), read=read))
             except (_Refused, Exceeded) as error:
                 why = reason(error)
                 if isinstance(error, Exceeded):
@@ -57,17 +64,32 @@ class _Refused(Exception):
     """By the template, or because of it; part of a sentence."""
 
 
-def _refuse_powers(template: str | Mapping[str, str]) -> None:
-    """9**9**9 is one operation that nothing interrupts, and no conversation needs it."""
+def _refuse_powers_and_chance(template: str | Mapping[str, str]) -> None:
+    """9**9**9 is one operation that nothing interrupts, and no conversation needs it. Chance would make other data of
+    a row in the next process."""
     import jinja2
 
     for text in template.values() if isinstance(template, Mapping) else [template]:
         try:
-            tokens = [value for _, kind, value in jinja2.Environment().lex(str(text)) if kind == "operator"]
+            found = [word for _, kind, word in jinja2.Environment().lex(str(text)) if kind in ("operator", "name")]
         except jinja2.TemplateError:
             continue  # rendering says it
-        if "**" in tokens:
+        if "**" in found:
             raise UserError("The tokenizer's chat template raises numbers to powers (**): give it a template without.")
+        if "lipsum" in found or ("|", "random") in itertools.pairwise(found):
+            raise UserError("The tokenizer's chat template writes random text: give it a template without.")
+
+
+_NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"\\]*"|'[^'\\]*')\s*\)""")
+
+
+@functools.lru_cache(4)
+def _dated(template: str, date: datetime) -> str:
+    """The template, with that date where it asks transformers for the present one."""
+    dated = _NOW.sub(lambda call: json.dumps(date.strftime(call[1][1:-1])), template)
+    if re.search(r"strftime_now(?!\s+is\b)", re.sub(r"\{#.*?#\}", "", dated, flags=re.DOTALL)):
+        raise _Refused("it asks for the date by other means than strftime_now('FORMAT'), so that it cannot be told it")
+    return dated
 
 
 def own_names(tokenizer: Any) -> set[str]:

@@ -13,6 +13,7 @@ import math
 import string
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from . import messages
@@ -37,12 +38,15 @@ class Data:
     notes: list[str] = field(default_factory=list)  # what was read, cut and dropped; meant to be printed
 
 
-def load_data(config: DataConfig, tokenizer: Any, *, context: int, seed: int) -> Data:
+def load_data(config: DataConfig, tokenizer: Any, *, context: int, seed: int, date: datetime | None = None) -> Data:
     """Read, tokenise and split everything `config` names.
 
-    context: the longest sequence the model takes, in tokens. seed: chooses the held-out rows; the choice depends on the
-    rows' content, not on their order, and equal rows stay on one side. Raises UserError for every kind of bad input.
+    context: the longest sequence the model takes, in tokens. seed: chooses the held-out rows; the choice depends on
+    what the rows say, neither on their order nor on the tokenizer and its template, and equal rows stay on one side.
+    date: what chat templates are told of today, the present one by default. Raises UserError for every kind of bad
+    input.
     """
+    date = date or datetime.now()
     notes = []
     max_length = min(config.max_length, context)
     if max_length < config.max_length:
@@ -54,8 +58,8 @@ def load_data(config: DataConfig, tokenizer: Any, *, context: int, seed: int) ->
     if config.test is not None:
         tables["test"] = read_table(config.test, config.test_split, config, used)
     kind = _kind(config, tables["train"])
-    rows = {name: _ROWS[kind](table, config, tokenizer) for name, table in tables.items()}
-    if config.eval is None and config.eval_share > 0:
+    rows = {name: _ROWS[kind](table, config, tokenizer, date) for name, table in tables.items()}
+    if holds_out(config):
         rows["train"], rows["eval"] = _hold_out(rows["train"], config.eval_share, seed)
         notes.append(
             f"eval: {len(rows['eval'])} rows held out of {config.train}"
@@ -113,16 +117,16 @@ def _texts(table: Table, column: str) -> list[str]:
     return cells
 
 
-def _text_rows(table: Table, config: DataConfig, tokenizer: Any) -> list[Row]:
+def _text_rows(table: Table, config: DataConfig, tokenizer: Any, date: datetime) -> list[Row]:
     return [Row(number, ((text, True),)) for number, text in enumerate(_texts(table, "text"), 1)]
 
 
-def _completion_rows(table: Table, config: DataConfig, tokenizer: Any) -> list[Row]:
+def _completion_rows(table: Table, config: DataConfig, tokenizer: Any, date: datetime) -> list[Row]:
     pairs = zip(_texts(table, "prompt"), _texts(table, "completion"), strict=True)
     return [Row(number, ((prompt, False), (rest, True))) for number, (prompt, rest) in enumerate(pairs, 1)]
 
 
-def _classification_rows(table: Table, config: DataConfig, tokenizer: Any) -> list[Row]:
+def _classification_rows(table: Table, config: DataConfig, tokenizer: Any, date: datetime) -> list[Row]:
     words = config.verbalisers
     if not words or len(words) < 2:
         raise UserError("data.format is classification, but data.verbalisers does not give the words of two labels.")
@@ -194,14 +198,14 @@ def _label_key(label: Any) -> str:
     return str(int(number)) if exact and number.is_integer() else str(label)
 
 
-def _message_rows(table: Table, config: DataConfig, tokenizer: Any) -> list[Row]:
+def _message_rows(table: Table, config: DataConfig, tokenizer: Any, date: datetime) -> list[Row]:
     if not tokenizer.chat_template:
         raise UserError(
             f"{table.source} holds messages, but the tokenizer has no chat template: use an instruction-tuned model's "
             "tokenizer, or write the rows as prompt and completion."
         )
     chats = messages.read_chats(table, own_names(tokenizer))
-    return message_rows(table.source, chats, tokenizer, enough=config.max_length)
+    return message_rows(table.source, chats, tokenizer, enough=config.max_length, date=date)
 
 
 _ROWS = {
@@ -210,6 +214,11 @@ _ROWS = {
     "messages": _message_rows,
     "classification": _classification_rows,
 }
+
+
+def holds_out(config: DataConfig) -> bool:
+    """Whether rows of the training file are held out."""
+    return config.eval is None and config.eval_share > 0
 
 
 def _hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -224,5 +233,6 @@ def _hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list
 
 
 def _fingerprint(row: Row, seed: int) -> bytes:
-    content = json.dumps([seed, row.pieces, row.answer, None])
+    said = row.pieces if row.read is None else row.read
+    content = json.dumps([seed, said, row.answer, None], sort_keys=True, default=str)
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -43,6 +43,7 @@ class Row:
     pieces: tuple[tuple[str, bool], ...] = ()  # text, carries loss
     choices: tuple[str, ...] = ()  # classification: what may follow the pieces
     answer: int = -1
+    read: Any = None  # what the pieces were made of, if by the tokenizer's template
 
 
 class Encoder:

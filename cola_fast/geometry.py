@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def measure(config: Config) -> Geometry:
     from .prepare import read_data
 
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    data = read_data(config, model, tokenizer)
+    data = read_data(config, model, tokenizer, datetime.now())
     settings = config.chain.gelora
     examples = data.train[: settings.examples]
     batches = example_batches(examples, limit=settings.examples)

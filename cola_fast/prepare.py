@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .batches import Feed
 from .calibration import Sample, draw
 from .chain import Chain
 from .config import Config
-from .data import Data, load_data
+from .data import Data, holds_out, load_data
 from .errors import UserError
 from .layout import check_causal, check_packing, check_padding
 from .link import derive_seed
@@ -48,9 +49,17 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
     return plan(config.schedule, rank=config.chain.r, steps_per_epoch=len(feed) / t.accumulation), feed
 
 
-def read_data(config: Config, model: nn.Module, tokenizer: Any) -> Data:
-    """The data as this model can take it: within its context and its vocabulary."""
-    data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed)
+def read_data(config: Config, model: nn.Module, tokenizer: Any, date: datetime | None) -> Data:
+    """The data as this model can take it: within its context and its vocabulary.
+
+    date: when its run began (see `run.begun`). Raises UserError if that is not known and decides what was held out.
+    """
+    data = load_data(config.data, tokenizer, context=context_length(model), seed=config.train.seed, date=date)
+    if date is None and data.kind == "messages" and holds_out(config.data):
+        raise UserError(
+            "The run was started by an earlier version, which chose the held-out conversations by what the chat "
+            "template made of them: go on with that version, or set data.eval to a file that was not trained on."
+        )
     require_vocabulary(model, data)
     return data
 

@@ -6,6 +6,7 @@ import gc
 import tempfile
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,7 +46,7 @@ def plan_run(config: Config) -> Plan:
 
     model = load_empty_model(config.model)
     tokenizer = load_tokenizer(config.model)
-    data = read_data(config, model, tokenizer)
+    data = read_data(config, model, tokenizer, datetime.now())
     schedule, feed = prepare(config, data)
     c, t, in_4bit = config.chain, config.train, config.model.load_in_4bit
     ranks = [span.rank for span in schedule.spans]
@@ -112,14 +113,14 @@ def score_run(
     from .models import load_model, load_tokenizer
     from .prepare import read_data
     from .progress import Progress
-    from .run import read_run
+    from .run import begun, read_run
     from .scores import Scores
     from .store import given_path
 
     run = given_path(folder)
     record, config = read_run(run, trust_remote_code=trust_remote_code)
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    data = read_data(config, model, tokenizer)
+    data = read_data(config, model, tokenizer, begun(record))
     if not data.test:
         raise UserError(f"{run} has no test or validation rows: set data.test or data.eval, or data.eval_share.")
     with tempfile.TemporaryDirectory() as temporary, Progress("scoring", parts=1 + len(record["links"])) as progress:

@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,12 +17,12 @@ from typing import Any
 from . import config as configuration
 from . import store, tree, world
 from .config import Config, ModelConfig
-from .errors import UserError
+from .errors import UserError, shown
 from .models import DTYPES, resolve_device, resolve_dtype
 from .record import CHAIN_FILE, read_record
 
 CONFIG_FILE = "config.yaml"
-CONFIG_KEY = "config"  # of what chain.json keeps of a run
+CONFIG_KEY, DATE_KEY = "config", "date"  # of what chain.json keeps of a run
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Keys that may differ when a run is resumed: they do not change the links. Data is known by its content, wherever it
 # lies (the feed's digest). A model is not: the fingerprint does not see another dtype, or another config.json.
@@ -49,6 +50,7 @@ class Run:
         self.config = replace(self.config, model=world.lead(self._model))
         if in_use:
             world.lead(self._hold)  # an existing run: refuse at once, not after loading a model
+        self.date = world.lead(self._date)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -57,6 +59,12 @@ class Run:
     @property
     def started(self) -> bool:
         return world.lead((self.path / CHAIN_FILE).exists)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What chain.json keeps of the run."""
+        date = {} if self.date is None else {DATE_KEY: self.date.isoformat()}
+        return {CONFIG_KEY: recorded(self.config), **date}
 
     def claim(self) -> None:
         """Nothing is left to be refused: lock the folder for this process, and write down the configuration."""
@@ -77,6 +85,10 @@ class Run:
             model = replace(model, dtype=load_config(self.path).model.dtype)
         dtype: Any = DTYPE_NAMES[resolve_dtype(model.dtype, resolve_device(model.device))]
         return replace(model, dtype=dtype)
+
+    def _date(self) -> datetime | None:
+        started = (self.path / CHAIN_FILE).exists()
+        return begun(read_record(self.path)) if started else datetime.now().replace(microsecond=0)
 
     def _hold(self) -> None:
         """Lock the folder, and make sure it is this configuration's."""
@@ -144,6 +156,15 @@ def _changes(record: Mapping[str, Any], config: Config) -> list[str]:
         if key not in UNRECORDED_KEYS
     }
     return [f"{key} was {old!r}, is {new!r}" for key, (old, new) in pairs.items() if old != new]
+
+
+def begun(record: Mapping[str, Any]) -> datetime | None:
+    """When a run began, which its data's chat template is told of today. None for a run of an earlier version."""
+    date = record.get("about", {}).get(DATE_KEY)
+    try:
+        return None if date is None else datetime.fromisoformat(date)
+    except (TypeError, ValueError):
+        raise UserError(f"{CHAIN_FILE} is damaged (about.date is {shown(date)}): restore it from a copy.") from None
 
 
 def read_run(run: Path, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], Config]:

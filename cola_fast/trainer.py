@@ -56,7 +56,7 @@ from .prepare import (
 )
 from .progress import SECONDS_BETWEEN_LINES, Progress
 from .record import newest_state, read_record
-from .run import CONFIG_KEY, Run, recorded
+from .run import Run
 from .schedule import Schedule
 from .sharding import shard
 from .signals import collected_signals
@@ -105,7 +105,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
         with world.together():
             model, device = load_base(config)
             tokenizer = load_tokenizer(config.model)
-            data = read_data(config, model, tokenizer)
+            data = read_data(config, model, tokenizer, run.date)
             schedule, feed = prepare(config, data, flat=wants_flat(model))
         with world.together():
             if device is not None:
@@ -133,7 +133,7 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                 chain.ranks(span.rank)
             if chain.open_link is not None:
                 rehearse(chain, config)
-            chain.about = {CONFIG_KEY: recorded(config)}
+            chain.about = run.about
             obstacle = liger.obstacle(model) if config.train.use_liger else None
             use_liger = config.train.use_liger and not obstacle
             loss = liger.summed_loss if use_liger else _summed_loss
