@@ -20,6 +20,7 @@ from .bases import merge
 from .errors import UserError
 from .layer import PARTS, is_nf4
 from .methods import wanted_by
+from .models import forget_unpacking
 from .peft_format import Factors
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def _save_atomically(model: Any, folder: Path, state: Mapping[str, Any], tokeniz
     try:
         with store.new_folder(folder) as part:
             with _as_dense(model):
+                forget_unpacking(model)
                 model.save_pretrained(part, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(part)

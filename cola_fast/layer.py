@@ -146,8 +146,10 @@ class LoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         operands = self.operands()
         if operands is None:
-            weight = nf4_dequantize(self.weight, input.dtype) if is_nf4(self) else self.weight
-            return F.linear(input, weight, self.bias)
+            if not is_nf4(self):
+                return F.linear(input, self.weight, self.bias)
+            bias = None if self.bias is None else self.bias.to(input.dtype)  # bitsandbytes may keep it in another
+            return F.linear(input, nf4_dequantize(self.weight, input.dtype), bias)
         return operands.complete(self.grouping(self, operands, input), input)
 
     def rescales(self) -> bool:
