@@ -99,7 +99,7 @@ class Chain:
         def before() -> dict[str, Factors]:
             return {name: trained for name, (_, trained) in self.links[-1].steps().items()} if self.links else {}
 
-        layers = {name: self.layers[name] for name in covered(list(self.layers), settings, index)}
+        layers = {name: self.layers[name] for name in covered(list(ranks), settings, index)}
         originals = originals_of(init, index, layers, original)
         seen = look(init, self.model, layers, ranks, looked_at, derive_seed(settings.seed, "look", index))
         first = first_factors(settings, index, layers, ranks, before, seen, originals)

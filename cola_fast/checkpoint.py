@@ -52,7 +52,8 @@ def restore(chain: Chain, folder: Path) -> dict[str, Any]:
             f"{folder} belongs to base model {record['base']['name']}, but this model's weights differ from it: load "
             "the untouched base first."
         )
-    own = ("base", "links", "open", "state", "format", "about")  # not of how the chain was attached
+    # not of how the chain was attached; `capped` is in the ranks, and earlier versions did not record it
+    own = ("base", "links", "open", "state", "format", "about", "capped")
     changed = [key for key in expected if key not in own and record.get(key) != expected[key]]
     if changed:
         what = "; ".join(f"{key} was {record.get(key)!r}, is {expected[key]!r}" for key in changed[:3])
