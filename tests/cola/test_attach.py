@@ -158,7 +158,7 @@ def test_adapters_of_peft_get_no_links(model: nn.Module, targets: Any, ids: Tens
 
     adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     for given in (adapted, adapted.get_base_model()):
-        with pytest.raises(UserError, match=r"belongs to a PEFT adapter.* merge_and_unload\(\).* unload\(\)"):
+        with pytest.raises(UserError, match=r"belongs to a PEFT adapter.*\.merge_and_unload\(\).*\.unload\(\)"):
             attach(given, targets=targets)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
