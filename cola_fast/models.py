@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from . import weights
 from .config import ModelConfig
-from .errors import UserError, shown, told
+from .errors import UserError, note, reason, shown, told
 from .layer import forbid_repacking
 from .versions import require_tested
 
@@ -194,6 +195,32 @@ def forget_unpacking(model: Any) -> None:
         home = "transformers.integrations.bitsandbytes"
         unpack = [c for c in kept if any(type(op).__module__ == home for op in getattr(c, "operations", ()))]
         model._weight_conversions = [c for c in kept if c not in unpack]
+
+
+@contextmanager
+def generation_settings(model: Any, folder: Path) -> Iterator[None]:
+    """transformers saves no model whose generation settings contradict each other (a temperature without sampling),
+    which it loads with a warning. Inside this block it saves the model without them, and they are added as they are."""
+    settings: Any = getattr(model, "generation_config", None)
+    wrong = _contradiction(settings) if settings is not None and model.can_generate() else None
+    if wrong is None:
+        yield
+        return
+    model.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(folder / "generation_config.json")
+    note(f"The model's generation settings contradict each other, and are written as they are ({wrong}).")
+
+
+def _contradiction(settings: Any) -> str | None:
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return reason(error)
+    return None
 
 
 def _load_settings(config: ModelConfig) -> Any:
