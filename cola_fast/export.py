@@ -119,6 +119,7 @@ def _merged_state(chain: Chain) -> dict[str, Tensor]:
         weight = layer.dense_weight().cpu()
         if name in factors:
             merge(weight := weight.clone(), factors[name], rounding=_rounding(chain))
+        _require_finite(weight, name)
         state[f"{name}.weight"] = weight
     return state
 
@@ -143,6 +144,16 @@ def _fold_into(model: nn.Module, chain: Chain) -> None:
             weight = modules[name].weight
             assert isinstance(weight, Tensor)
             merge(weight.data, f, rounding=_rounding(chain))
+            _require_finite(weight, name)
+
+
+def _require_finite(weight: Tensor, name: str) -> None:
+    if not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise UserError(
+            f"The merged weight of {name} would hold numbers that {dtype} cannot: load the model in bf16 or fp32, or "
+            "use export_adapter."
+        )
 
 
 def _rounding(chain: Chain) -> str:
