@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import patterns, store
 from .errors import WORD, UserError, cut, near, shown, told
+from .knot import refuse_overflow
 from .layer import factor_dtype
 from .link import SealedLink
 from .opening import moves
@@ -70,6 +71,7 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
             )
         factors[name] = Factors(a.to(dtype), b.to(dtype), alpha)
         _require_finite(factors[name], layer.compute_dtype, f"{name} in {folder}")
+        refuse_overflow(chain, name, factors[name], "give an adapter of this base model")
     link = chain.append(lambda: SealedLink.seal(len(chain.links), factors, **chain.peft_fields(factors)))
     chain.extend()
     return link

@@ -28,7 +28,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from . import store
-from .errors import UserError
+from .errors import UserError, told
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,12 @@ def _convert_gguf(gguf: bytes, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         (temporary / "model.gguf").write_bytes(gguf)
-        model = AutoModelForCausalLM.from_pretrained(temporary, gguf_file="model.gguf", dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file="model.gguf")
-        forget_gguf(model)
-        model.save_pretrained(temporary / "whole")
-        tokenizer.save_pretrained(temporary / "whole")
+        with told("The demo's model could not be converted from GGUF"):
+            model = AutoModelForCausalLM.from_pretrained(temporary, gguf_file="model.gguf", dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file="model.gguf")
+            forget_gguf(model)
+            model.save_pretrained(temporary / "whole")
+            tokenizer.save_pretrained(temporary / "whole")
         os.rename(temporary / "whole", folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -25,6 +25,7 @@ from .layer import LoRALinear, is_nf4
 from .peft_format import Factors
 from .sharding import over_all, own_rows
 
+ROWS = 64  # of a weight that are computed at once to see whether they stay finite
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
 
@@ -34,6 +35,10 @@ class Base(Protocol):
 
     def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
         """Make `factors` part of the layer's base. The same arguments on the same base give the same bits."""
+        ...
+
+    def holds(self, layer: LoRALinear, factors: Factors) -> bool:
+        """Whether folding finite `factors` would leave finite numbers, in this process's rows."""
         ...
 
 
@@ -52,6 +57,10 @@ class DenseBase:
         found = merge(rows.weight, update, rounding=self.rounding, seed=seed, first_row=rows.first, report=report)
         return over_all(found, rows, factors.folded()) if found is not None and rows.mesh is not None else found
 
+    def holds(self, layer: LoRALinear, factors: Factors) -> bool:
+        rows = own_rows(layer.weight)
+        return _stays_finite(rows.weight, factors.folded().rows(rows.first, len(rows.weight)))
+
 
 class NF4Base(DenseBase):
     """NF4 weights, changed in place; weights that the model keeps dense, as in `DenseBase`."""
@@ -63,6 +72,9 @@ class NF4Base(DenseBase):
             return super().fold(layer, factors, seed, report=report)
         a, b = factors.a.to(layer.weight.device), factors.b.to(layer.weight.device)
         return nf4_merge_(layer.weight, a, b, factors.scale, rounding=self.rounding, seed=seed)
+
+    def holds(self, layer: LoRALinear, factors: Factors) -> bool:
+        return is_nf4(layer) or super().holds(layer, factors)  # codes stay codes, and scales are frozen
 
 
 class LedgerBase:
@@ -79,6 +91,10 @@ class LedgerBase:
         layer.ledger_A, layer.ledger_B = a, b
         return FoldReport(retained=1.0, error=0.0) if report else None
 
+    def holds(self, layer: LoRALinear, factors: Factors) -> bool:
+        a, b = factors.folded().a, factors.folded().b.double() * factors.scale
+        return max(float(a.abs().max()), float(b.abs().max())) <= torch.finfo(layer.compute_dtype).max
+
 
 def merge(weight: Tensor, factors: Factors, **options: Any) -> FoldReport | None:
     """`merge_` of a whole update, its gates included, into a dense weight."""
@@ -89,6 +105,28 @@ def merge(weight: Tensor, factors: Factors, **options: Any) -> FoldReport | None
         magnitude = update.magnitude.to(weight.device)
         c = output_gate(magnitude, row_squares(weight), weight, a, b, update.scale)
     return merge_(weight, a, b, update.scale, c=c, **options)
+
+
+def _stays_finite(weight: Tensor, update: Factors) -> bool:
+    """Whether `W + scale · B A` is finite in W's dtype wherever W is.
+
+    No N x K matrix is made: the entries of a row have a bound. Only where it is too high, which is nearly never, is the
+    row computed, a few rows at a time.
+    """
+    if not weight.numel():
+        return True
+    most = torch.finfo(weight.dtype).max
+    if update.magnitude is not None:
+        return float(update.magnitude.abs().max()) <= most  # rows will be of that length
+    bounds = (update.b.double().abs() @ update.a.double().abs().amax(1)) * abs(update.scale)  # [N], of B A
+    if float(torch.stack(torch.aminmax(weight)).abs().max()) + float(bounds.max()) <= most:
+        return True
+    a, b = update.a.to(weight.device), update.b.to(weight.device)
+    for part, rows in zip(weight.split(ROWS), b.split(ROWS), strict=True):
+        folded = torch.addmm(part.to(a.dtype), rows, a, alpha=update.scale)
+        if bool(((folded.abs() > most) & part.isfinite()).any()):
+            return False
+    return True
 
 
 def choose_base(kind: str, rounding: str, modules: Iterable[nn.Linear]) -> Base:

@@ -26,7 +26,7 @@ from .peft_format import TOKEN_ROWS, Also
 from .record import START_FILE
 from .sharding import is_sharded
 from .swapped import ROWS, Changed, Wide, WithRows, become, go_back
-from .targets import matching
+from .targets import matching, output_heads
 
 
 class Beside:
@@ -83,9 +83,18 @@ class Beside:
         for name, module in self._rows().items():
             yield f"{name}.{ROWS}", cast(nn.Parameter, getattr(module, ROWS))
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether it is trained whole, or is part of one that is."""
-        return any(module is inner for name in self.modules for inner in self.model.get_submodule(name).modules())
+    def held(self) -> set[nn.Module]:
+        """All modules that are trained whole, with those that they consist of."""
+        return {inner for name in self.modules for inner in self.model.get_submodule(name).modules()}
+
+    def forgotten(self, targets: Mapping[str, nn.Module]) -> str | None:
+        """A sentence if the model has a head that classifies and nothing trains it, a mistake if it is fresh."""
+        names = {module: name for name, module in self.model.named_modules()}
+        trained = {*self.held(), *targets.values(), *embeddings(self.model)}
+        left = [names[m] for m in output_heads(self.model) if not trained & set(m.modules())]
+        if not left:
+            return None
+        return f"{left[0]} is frozen: if no checkpoint has it, attach with train_also=({left[0]!r},)."
 
     def _owners(self) -> list[nn.Module]:
         """Every module that itself has a parameter of those trained whole."""
@@ -107,7 +116,7 @@ class Beside:
             module.register_buffer("token_ids", torch.tensor(self.tokens, device=weight.device), persistent=False)
 
     def _with_rows(self) -> list[Any]:
-        return [m for m in embeddings(self.model) if not self.holds(m)] if self.tokens else []
+        return [m for m in embeddings(self.model) if m not in self.held()] if self.tokens else []
 
     def _rows(self) -> dict[str, Any]:
         """Name -> the embedding, and the head unless it is tied to it."""
@@ -226,13 +235,11 @@ def recorded_beside(model: nn.Module, entry: Mapping[str, Any] | None) -> Beside
     return Beside(model, names, _tokens(model, tokens))
 
 
-def choose_beside(
-    model: nn.Module, names: str | Sequence[str], tokens: Sequence[int], targets: Mapping[str, nn.Module]
-) -> Beside:
-    """What `train_also` and `train_tokens` mean for this model. targets: the modules that get links.
+def choose_beside(model: nn.Module, names: str | Sequence[str], tokens: Sequence[int]) -> Beside:
+    """What `train_also` and `train_tokens` mean for this model.
 
-    Raises UserError for a name that matches nothing, for modules that have links or cannot be trained, and for tokens
-    that the model has no row of.
+    Raises UserError for a name that matches nothing, for modules that cannot be trained, and for tokens that the model
+    has no row of.
     """
     wanted = [names] if isinstance(names, str) else names
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
@@ -247,16 +254,23 @@ def choose_beside(
     found |= {name for name, m in modules.items() if any(p in shared for p in m._parameters.values())}
     chosen = [n for n in modules if n in found and not any(n.startswith(f"{outer}.") for outer in found)]
     for name in chosen:
-        _require_trainable(name, modules[name], targets)
+        _require_trainable(name, modules[name])
     beside = Beside(model, chosen, _tokens(model, tokens))
-    if beside.tokens and (embedding := embeddings(model)[0]) and beside.holds(embedding):
+    if beside.tokens and embeddings(model)[0] in beside.held():
         raise UserError(
             "train_tokens has rows of the embeddings, which train_also trains whole: leave one of them out."
         )
-    linked = next((n for n, m in targets.items() if beside.tokens and any(m is e for e in embeddings(model))), None)
-    if linked is not None:
-        raise UserError(f"train_tokens trains rows of {linked}, which is a target of the chain too: leave one out.")
     return beside
+
+
+def require_apart(beside: Beside, targets: Mapping[str, nn.Module]) -> None:
+    """Raises UserError for a module that would be trained twice. targets: those that get links."""
+    held = beside.held()
+    for name, module in targets.items():
+        if module in held:
+            raise UserError(f"{name} is a target of the chain and in train_also: leave one of them out.")
+        if beside.tokens and any(module is one for one in embeddings(beside.model)):
+            raise UserError(f"train_tokens trains rows of {name}, which is a target of the chain too: leave one out.")
 
 
 def embeddings(model: nn.Module) -> list[nn.Module]:
@@ -268,10 +282,7 @@ def embeddings(model: nn.Module) -> list[nn.Module]:
     return [module for module in found if isinstance(module, nn.Embedding | nn.Linear)]
 
 
-def _require_trainable(name: str, module: nn.Module, targets: Mapping[str, nn.Module]) -> None:
-    linked = next((n for n in targets if n == name or n.startswith(f"{name}.")), None)
-    if linked is not None:
-        raise UserError(f"{linked} is a target of the chain and in train_also ({name}): leave one of them out.")
+def _require_trainable(name: str, module: nn.Module) -> None:
     parameters = dict(module.named_parameters())
     if not parameters:
         raise UserError(f"train_also has {name}, a {type(module).__name__} without parameters: leave it out.")

@@ -26,6 +26,7 @@ from .config import ScheduleConfig, from_dict
 from .errors import UserError
 from .layer import PARTS
 from .methods import METHODS, preset
+from .models import forget_unpacking
 from .schedule import Schedule, Span, plan
 from .versions import require_tested
 
@@ -79,6 +80,7 @@ class ChainCallback(TrainerCallback):
         self.config = _checked(method, {key: value for key, value in keys.items() if value is not None})
         self.schedule: Schedule | None = None
         self._load_hook: Any = None
+        forget_unpacking(chain.model)  # of 4-bit weights, over which the Trainer's first checkpoint would stumble
         if getattr(chain.model, "is_quantized", False):  # the Trainer asks for adapters on it, and knows PEFT's only
             cast(Any, chain.model)._hf_peft_config_loaded = True
         self._loaded: dict[str, Tensor] = {}  # samples of what the Trainer's model file holds

@@ -11,7 +11,6 @@ a process killed anywhere neither loses a link nor folds one twice.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -19,10 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from . import store, world
+from . import knot, store, world
 from .bases import Base
 from .beside import Beside
 from .calibration import Batches, as_batches, look
@@ -32,7 +30,7 @@ from .layer import PARTS, allow_repacking, forbid_repacking, wrap_all
 from .link import SealedLink, derive_seed, summarise
 from .methods import Pair
 from .modes import plainly
-from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of
+from .opening import OpenLink, Settings, covered, first_factors, originals_of, starts_of
 from .peft_format import Factors, task_type
 from .record import CHAIN_FILE, FORMAT, START_FILE, binding, folder_name, write_record, write_state
 from .targets import short_targets
@@ -105,7 +103,7 @@ class Chain:
         def before() -> dict[str, Factors]:
             return {name: trained for name, (_, trained) in self.links[-1].steps().items()} if self.links else {}
 
-        layers = {name: self.layers[name] for name in covered(list(self.layers), settings, index)}
+        layers = {name: self.layers[name] for name in covered(list(ranks), settings, index)}
         originals = originals_of(init, index, layers, original)
         seen = look(init, self.model, layers, ranks, looked_at, derive_seed(settings.seed, "look", index))
         first = first_factors(settings, index, layers, ranks, before, seen, originals)
@@ -222,11 +220,13 @@ class Chain:
         self._require_folded()
         self.require_all_kept()
         index, difference = self.open_link.index, bool(self.open_link.starts)
+        with world.together():
+            knot.require_room(self)
 
         def seal() -> SealedLink:
             factors = self.open_factors()
             link = SealedLink.seal(index, factors, difference=difference, **self.peft_fields(factors))
-            self._warn_of_idle(factors)
+            knot.warn_of_idle(self)
             return link
 
         return self.append(seal)
@@ -262,12 +262,7 @@ class Chain:
         Raises UserError if that would lose a trained open link, or a ledger; `discard=True` says it may go.
         """
         starts = self.open_link.starts if self.open_link is not None else {}
-        trained = any(
-            not (torch.equal(f.a, starts[name].a) and torch.equal(f.folded().b, starts[name].b))
-            if name in starts
-            else moves(f)
-            for name, f in self.live_factors().items()
-        )
+        trained = any(knot.has_moved(self, name, f) for name, f in self.live_factors().items())
         trained |= any(layer.rescales() for layer in self.layers.values())
         if trained and not discard:
             raise UserError(
@@ -402,15 +397,6 @@ class Chain:
     def _require_layers(self) -> None:
         if not self.layers:
             raise UserError("This chain has been detached: attach a new one, or load it again with load_chain.")
-
-    def _warn_of_idle(self, factors: Mapping[str, Factors]) -> None:
-        idle = [name for name, f in factors.items() if not moves(f)] if self.settings.gate is None else []
-        if 0 < len(idle) < len(factors):
-            warnings.warn(
-                f"{len(idle)} of the {len(factors)} modules of link {len(self.links)} had no gradient, such as "
-                f"{idle[0]}: its forward was never called, or nothing of it reached the loss.",
-                stacklevel=2,
-            )
 
     def _require_folded(self) -> None:
         if any(layer.folded != len(self.links) for layer in self.layers.values()):

@@ -77,8 +77,9 @@ def restore(chain: Chain, folder: Path) -> dict[str, Any]:
 
 
 def _attached(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What chain.json says of how the chain was attached. A fresh head starts as another one in every process."""
-    of_its_course = ("base", "links", "open", "state", "format", "about")
+    """What chain.json says of how the chain was attached. A fresh head starts as another one in every process; `capped`
+    is in the ranks, and earlier versions did not record it."""
+    of_its_course = ("base", "links", "open", "state", "format", "about", "capped")
     kept = {key: value for key, value in record.items() if key not in of_its_course}
     beside = record.get("beside")
     return {**kept, "beside": beside and {key: value for key, value in beside.items() if key != "start"}}

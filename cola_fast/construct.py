@@ -11,16 +11,16 @@ from torch import nn
 
 from . import store, world
 from .bases import choose_base
-from .beside import choose_beside, recorded_beside
+from .beside import choose_beside, recorded_beside, require_apart
 from .calibration import Batches
 from .chain import Chain
-from .errors import UserError
+from .errors import UserError, note
 from .identity import base_identity, fingerprint
 from .layer import LoRALinear
 from .link import SealedLink
 from .opening import Settings
 from .record import load_state, read_record
-from .targets import modules_named, select_modules
+from .targets import modules_named, select
 
 
 def attach(
@@ -74,14 +74,16 @@ def attach(
         UserError (a ValueError): see `cola_fast.targets` and `cola_fast.layer`. The model is then as it was.
     """
     model = _bare(model)
-    modules = select_modules(model, targets)
-    shapes = {n: (m.out_features, m.in_features) for n, m in modules.items()}
-    settings = Settings(r, alpha, dropout, seed, rank_pattern, init, scaling, frozen, share, carry, gate)
+    capped = isinstance(targets, str) and targets == "all-linear"
+    settings = Settings(r, alpha, dropout, seed, rank_pattern, init, scaling, frozen, share, carry, gate, capped)
     settings.validate()
-    settings.ranks(shapes, first_rank)
+    beside = choose_beside(model, train_also, train_tokens)
+    modules, left_out = select(model, targets, beside.held())
+    require_apart(beside, modules)
+    shapes = {n: (m.out_features, m.in_features) for n, m in modules.items()}
+    lower = settings.lowered(shapes, first_rank)
     settings = replace(settings, alpha=float(alpha), rank_pattern=dict(rank_pattern) if rank_pattern else None)
     kind = choose_base(base, rounding, modules.values())
-    beside = choose_beside(model, train_also, train_tokens, modules)
     chain = Chain(model, modules, kind, settings, base_identity(model, beside), beside)
     try:
         beside.begin_at(world.lead(beside.values))  # a fresh head is rank 0's everywhere
@@ -89,6 +91,8 @@ def attach(
     except BaseException:
         chain.detach(discard=True)
         raise
+    for sentence in filter(None, (left_out, lower, beside.forgotten(modules))):
+        note(sentence)
     return chain
 
 
@@ -173,8 +177,20 @@ def _bare(model: nn.Module) -> nn.Module:
             f"{wrapped.removesuffix('._orig_mod')} is wrapped by torch.compile, which renames what is in it: attach "
             "before compiling it, or use its own method compile(), which wraps nothing."
         )
+    adapted = next((name for name, module in model.named_modules() if _is_peft(module)), None)
+    if adapted is not None:
+        raise UserError(
+            f"{adapted or 'model'} belongs to a PEFT adapter, which a chain does not train: attach to "
+            "peft_model.merge_and_unload(), the model with the adapter in its weights, or peft_model.unload(), the one "
+            "without it; or train the adapter itself, faster, with accelerate_peft."
+        )
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise UserError(
             "The model already belongs to a chain: call chain.detach() first, or give one chain all the targets."
         )
     return model
+
+
+def _is_peft(module: nn.Module) -> bool:
+    """A PeftModel, or one of the layers that PEFT puts into somebody's model, accelerated or not."""
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)

@@ -17,9 +17,10 @@ from cola_kernels import nf4_dequantize
 from . import peft_format, store
 from .adapters import cut_to_rank, error_table, peft_notes, vllm_notes
 from .bases import merge
-from .errors import UserError
+from .errors import UserError, reason, shown
 from .layer import PARTS, is_nf4
 from .methods import wanted_by
+from .models import forget_unpacking, generation_settings
 from .peft_format import Factors
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Mo
             f"A merged export is a transformers checkpoint, but the model is a {type(target).__name__}: save its "
             "state_dict yourself, or use export_adapter."
         )
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise UserError(f"tokenizer is {shown(tokenizer)}, but must be one of transformers, or None.")
     if onto is None:
         _save_atomically(chain.model, folder, _merged_state(chain), tokenizer)
     else:
@@ -116,6 +119,7 @@ def _merged_state(chain: Chain) -> dict[str, Tensor]:
         weight = layer.dense_weight().cpu()
         if name in factors:
             merge(weight := weight.clone(), factors[name], rounding=_rounding(chain))
+        _require_finite(weight, name)
         state[f"{name}.weight"] = weight
     return state
 
@@ -141,6 +145,16 @@ def _fold_into(model: nn.Module, chain: Chain) -> None:
             weight = modules[name].weight
             assert isinstance(weight, Tensor)
             merge(weight.data, f, rounding=_rounding(chain))
+            _require_finite(weight, name)
+
+
+def _require_finite(weight: Tensor, name: str) -> None:
+    if not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise UserError(
+            f"The merged weight of {name} would hold numbers that {dtype} cannot: load the model in bf16 or fp32, or "
+            "use export_adapter."
+        )
 
 
 def _rounding(chain: Chain) -> str:
@@ -165,13 +179,22 @@ def _as_dense(model: Any) -> Iterator[None]:
 
 
 def _save_atomically(model: Any, folder: Path, state: Mapping[str, Any], tokenizer: Any) -> None:
+    saving = "model"
     try:
         with store.new_folder(folder) as part:
-            with _as_dense(model):
+            with _as_dense(model), generation_settings(model, part):
+                forget_unpacking(model)
                 model.save_pretrained(part, state_dict=state)
             if tokenizer is not None:
+                saving = "tokenizer"
                 tokenizer.save_pretrained(part)
+    except UserError:
+        raise
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} could not be written ({error}): free some space or choose another folder."
+        ) from error
+    except Exception as error:  # transformers raises whatever its libraries do
+        raise UserError(
+            f"{folder} was not written: transformers cannot save this {saving} ({reason(error)})."
         ) from error

@@ -63,7 +63,7 @@ def write(found: Geometry, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be a folder ({error.strerror}): choose another with --out.") from None
-    pattern = {f"{name}": block.rank for block in found.blocks for name in block.modules}
+    pattern = {name: rank for block in found.blocks for name, rank in block.modules.items()}
     chain = {"chain": {"scaling": "constant", "rank_pattern": pattern}}
     store.write_file(folder / "ranks.yaml", yaml.safe_dump(chain, sort_keys=False).encode())
     store.write_file(folder / "ranks.json", (json.dumps(found.to_dict(), indent=1) + "\n").encode())

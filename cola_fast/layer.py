@@ -18,6 +18,7 @@ from cola_kernels import merge_, nf4_dequantize
 from .errors import UserError
 from .gates import row_squares
 from .grouping import Grouping, Operands
+from .obstacles import obstacle
 from .sharding import is_sharded, whole
 
 BUFFERS = ("ledger_A", "ledger_B", "row_squares")
@@ -49,24 +50,13 @@ class LoRALinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, name: str = "the module", grouping: Grouping | None = None) -> LoRALinear:
-        """Turn `linear` into a LoRALinear, in place. Raises UserError for anything but a plain `nn.Linear` and a
-        Linear4bit that holds an NF4 weight as it was quantised."""
+        """Turn `linear` into a LoRALinear, in place. Raises UserError where there is an `obstacle`."""
         if isinstance(linear, cls):
             raise UserError(f"{name} already belongs to a chain: call chain.detach() before attaching another.")
+        found = obstacle(linear)
+        if found is not None:
+            raise UserError(f"{name} {found}")
         plain = type(linear)
-        if _is_linear4bit(linear):
-            _require_nf4(linear, name)
-        elif plain is not nn.Linear:
-            raise UserError(
-                f"{name} is a {plain.__module__}.{plain.__name__}, but a link can only be attached to a plain "
-                "torch.nn.Linear or a 4-bit (NF4) layer of bitsandbytes: choose other targets, or load the model in "
-                "16 or 4 bits."
-            )
-        if "forward" in vars(linear):
-            raise UserError(
-                f"{name} has had its forward replaced by another library (accelerate's device_map does this), which "
-                "would bypass the link: load the model without it."
-            )
         layer = cast(LoRALinear, linear)
         layer.__class__ = cls
         layer.plain = plain
@@ -146,8 +136,10 @@ class LoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         operands = self.operands()
         if operands is None:
-            weight = nf4_dequantize(self.weight, input.dtype) if is_nf4(self) else self.weight
-            return F.linear(input, weight, self.bias)
+            if not is_nf4(self):
+                return F.linear(input, self.weight, self.bias)
+            bias = None if self.bias is None else self.bias.to(input.dtype)  # bitsandbytes may keep it in another
+            return F.linear(input, nf4_dequantize(self.weight, input.dtype), bias)
         return operands.complete(self.grouping(self, operands, input), input)
 
     def rescales(self) -> bool:
@@ -197,21 +189,6 @@ def is_nf4(linear: nn.Module) -> bool:
 def factor_dtype(weight: Tensor) -> torch.dtype:
     """Links are kept in fp32, so that AdamW's small steps are not rounded away; fp64 for an fp64 model."""
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _is_linear4bit(linear: nn.Linear) -> bool:
-    """Without importing bitsandbytes, which whoever made it has done."""
-    kind = type(linear)
-    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
-
-
-def _require_nf4(linear: nn.Linear, name: str) -> None:
-    from cola_kernels import nf4
-
-    try:
-        nf4.read(linear.weight)
-    except ValueError as error:
-        raise UserError(f"{name} cannot take a link: {error}") from None
 
 
 def forbid_repacking(model: nn.Module) -> list[nn.Module]:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from . import heads, weights
 from .config import ModelConfig
-from .errors import UserError, shown, told
+from .errors import UserError, note, reason, shown, told
 from .heads import AUTO_CLASSES
 from .layer import forbid_repacking
 from .versions import require_tested
@@ -41,8 +42,10 @@ def load_model(config: ModelConfig, fresh: list[str] | None = None) -> nn.Module
     if config.gguf_file is None:
         options["use_safetensors"] = True
         weights.refuse_other_files(config.name, _load_settings(config), partial(_find, config))
-    if config.load_in_4bit:
-        options |= {"quantization_config": _nf4(options["dtype"], config), "device_map": {"": device}}
+    stored = stored_in_4bit(config)
+    if config.load_in_4bit or stored:
+        options |= {"device_map": {"": device}}
+        options |= {} if stored else {"quantization_config": _nf4(options["dtype"], config)}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused here, by name
     model, report = _from_pretrained(_auto_class(config), config, **options, **_classes(config))
     report, drawn = _without_head(model, report) if config.task != "causal-lm" else (report, [])
@@ -52,7 +55,9 @@ def load_model(config: ModelConfig, fresh: list[str] | None = None) -> nn.Module
     if config.gguf_file is not None:
         forget_gguf(model)
     forbid_repacking(model)
-    model = model if config.load_in_4bit else model.to(device)
+    model = model if "device_map" in options else model.to(device)
+    if stored:
+        _use_in(model, options["dtype"])
     weights.refuse_not_finite(config.name, model)
     return cast(nn.Module, model.eval())
 
@@ -100,17 +105,39 @@ def _without_head(model: nn.Module, report: Mapping[str, Any]) -> tuple[dict[str
     return kept, sorted({*missing, *(entry[0] for entry in resized)})
 
 
+def stored_in_4bit(config: ModelConfig) -> bool:
+    """Whether the checkpoint's weights are NF4 already, whatever `load_in_4bit` says. Reads config.json only."""
+    stored = config.gguf_file is None and getattr(_load_settings(config), "quantization_config", None) is not None
+    if stored:
+        _require_bitsandbytes(f"{config.name} is stored in 4 bits, which")
+    return stored
+
+
 def _nf4(dtype: torch.dtype, config: ModelConfig) -> Any:
     """QLoRA's quantisation: NF4 in blocks of 64, the scales quantised too, computing in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     if config.gguf_file is not None:
         raise UserError(f"{config.gguf_file} is a GGUF file and cannot be loaded in 4 bits: give a safetensors model.")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.load_in_4bit needs bitsandbytes: pip install 'cola_fast[bitsandbytes]'.")
+    _require_bitsandbytes("model.load_in_4bit")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def _use_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """transformers leaves a checkpoint in 4 bits in the dtype that it was quantised from, whatever it is asked for."""
+    for parameter in model.parameters():
+        state: Any = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.dtype = dtype
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _require_bitsandbytes(what: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{what} needs bitsandbytes: pip install 'cola_fast[bitsandbytes]'.")
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -200,6 +227,42 @@ def forget_gguf(model: Any) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def forget_unpacking(model: Any) -> None:
+    """transformers keeps what it did to load a model, to undo it in `save_pretrained`, and stumbles over the unpacking
+    of 4-bit weights, which it cannot undo and need not: a state dict holds them packed, or dense."""
+    kept = getattr(model, "_weight_conversions", None)
+    if kept:
+        home = "transformers.integrations.bitsandbytes"
+        unpack = [c for c in kept if any(type(op).__module__ == home for op in getattr(c, "operations", ()))]
+        model._weight_conversions = [c for c in kept if c not in unpack]
+
+
+@contextmanager
+def generation_settings(model: Any, folder: Path) -> Iterator[None]:
+    """transformers saves no model whose generation settings contradict each other (a temperature without sampling),
+    which it loads with a warning. Inside this block it saves the model without them, and they are added as they are."""
+    settings: Any = getattr(model, "generation_config", None)
+    wrong = _contradiction(settings) if settings is not None and model.can_generate() else None
+    if wrong is None:
+        yield
+        return
+    model.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(folder / "generation_config.json")
+    note(f"The model's generation settings contradict each other, and are written as they are ({wrong}).")
+
+
+def _contradiction(settings: Any) -> str | None:
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return reason(error)
+    return None
 
 
 def _load_settings(config: ModelConfig) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, listed
 from .layer import LoRALinear, factor_dtype, is_nf4
 from .link import derive_seed
 from .methods import GATE, INIT, SCALING, Gates, Site, wanted_by
@@ -39,6 +39,7 @@ class Settings:
     share: float = 1.0
     carry: float = 0.0
     gate: str | None = None
+    capped: bool = False  # where a weight is too small for a link's rank, it gets the highest it can have
 
     def validate(self) -> None:
         """Raises UserError for a value that no link can have."""
@@ -68,8 +69,9 @@ class Settings:
 
         shapes: module -> (N, K). Raises UserError for a rank that a module cannot have, or not with this init.
         """
-        ranks = assign_ranks(shapes, self.r if r is None else r, self.rank_pattern)
         directions = wanted_by(self.init).directions
+        highest = {name: min(shape) // directions for name, shape in shapes.items()} if self.capped else None
+        ranks = assign_ranks(shapes, self.r if r is None else r, self.rank_pattern, highest)
         for name, rank in ranks.items():
             if directions * rank > min(shapes[name]):
                 n, k = shapes[name]
@@ -78,6 +80,18 @@ class Settings:
                     f"has no {directions * rank}: lower its rank with rank_pattern, or r."
                 )
         return ranks
+
+    def lowered(self, shapes: Mapping[str, tuple[int, int]], r: int | None = None) -> str | None:
+        """A sentence on the modules that get less than rank `r`, or no link, because their weights are small."""
+        ranks, asked = self.ranks(shapes, r), self.r if r is None else r
+        lower = {name: ranks.get(name, 0) for name in shapes if ranks.get(name, 0) < asked}
+        if not (self.capped and lower) or self.rank_pattern:
+            return None
+        given = listed((f"{name} {rank or 'none'}" for name, rank in lower.items()), 3)
+        return (
+            f"{len(lower)} of {len(shapes)} modules cannot have rank {asked} and get the highest that their weights "
+            f"allow: {given}."
+        )
 
     def alpha_for(self, rank: int) -> float:
         """Alpha of a module of this rank: its scale is that over the rank."""

@@ -22,7 +22,7 @@ from .errors import UserError, listed, note
 from .layout import check_causal, check_packing, check_padding
 from .link import derive_seed
 from .methods import GRADIENT, RANKS, wanted_by
-from .models import context_length, load_model, resolve_device, resolve_dtype
+from .models import context_length, load_model, resolve_device, resolve_dtype, stored_in_4bit
 from .optimizer import make_optimizer
 from .schedule import Schedule, plan
 
@@ -102,9 +102,30 @@ def check_batches(config: Config, model: nn.Module, data: Data) -> None:
         check_padding(model)
 
 
+def is_4bit(config: Config) -> bool:
+    """Whether the base's linears will be NF4, as configured or because the checkpoint's are.
+
+    Raises UserError for what a checkpoint in 4 bits rules out. What `load_in_4bit` rules out, `config.validate` knows.
+    """
+    if not stored_in_4bit(config.model):
+        return config.model.load_in_4bit
+    stored = f"{config.model.name} is stored in 4 bits"
+    if config.chain.base == "dense":
+        raise UserError(f"chain.base is dense, but {stored}: use nf4, ledger or auto.")
+    if config.train.shard:
+        raise UserError(f"train.shard is for 16- and 32-bit weights, but {stored}: leave it out.")
+    if wanted_by(config.chain.init).corrects:
+        raise UserError(
+            f"chain.init is {config.chain.init}, which needs the weights from before they were quantised, but "
+            f"{stored}: give the original model and set model.load_in_4bit, or choose another."
+        )
+    return True
+
+
 def load_base(config: Config) -> tuple[nn.Module, torch.device | None]:
     """The model on this process's device; or on the CPU, with the device that it is to be sharded onto."""
     settings = replace(config.model, device=world.device(config.model.device))
+    is_4bit(config)
     if not config.train.shard or world.size() == 1:
         fresh: list[str] = []
         with torch.random.fork_rng([]):

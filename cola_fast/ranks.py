@@ -85,7 +85,7 @@ class BlockRank:
     dimension: float  # of the states that enter it
     next_dimension: float  # of those that leave it
     rank: int
-    modules: tuple[str, ...]
+    modules: dict[str, int]  # name -> rank: the block's, or the highest that a smaller weight can have
 
 
 def gelora_ranks(
@@ -106,7 +106,7 @@ def gelora_ranks(
         UserError: no target lies in a block, or there are too few distinct examples (see `two_nn`).
     """
     blocks = block_ranks(model, batches, targets=targets, mean_rank=mean_rank)
-    return {name: block.rank for block in blocks for name in block.modules}
+    return {name: rank for block in blocks for name, rank in block.modules.items()}
 
 
 def block_ranks(
@@ -132,10 +132,15 @@ def block_ranks(
     dimensions = _dimensions(model, batches, list(stacks))
     inside = [block for block in members if block in dimensions]
     gains = {block: max(dimensions[block][1] - dimensions[block][0], 0.0) for block in inside}
-    largest = {block: min(min(modules[name].weight.shape) for name in members[block]) for block in inside}
+    highest = {name: min(module.out_features, module.in_features) for name, module in modules.items()}
     ranks = _rescale(gains, mean_rank) if mean_rank is not None else {b: round(gain) + 1 for b, gain in gains.items()}
     return [
-        BlockRank(block, *dimensions[block], min(ranks[block], largest[block]), tuple(members[block]))
+        BlockRank(
+            block,
+            *dimensions[block],
+            min(ranks[block], max(highest[name] for name in members[block])),
+            {name: min(ranks[block], highest[name]) for name in members[block]},
+        )
         for block in inside
     ]
 

@@ -42,13 +42,14 @@ def plan_run(config: Config) -> Plan:
     from .layout import wants_flat
     from .memory import estimate
     from .models import load_empty_model, load_tokenizer, resolve_device, resolve_dtype
-    from .prepare import prepare, read_data, rehearse, train_also
+    from .prepare import is_4bit, prepare, read_data, rehearse, train_also
 
+    in_4bit = is_4bit(config)
     model = load_empty_model(config.model)
     tokenizer = load_tokenizer(config.model)
     data = read_data(config, model, tokenizer, datetime.now())
     schedule, feed = prepare(config, data)
-    c, t, in_4bit = config.chain, config.train, config.model.load_in_4bit
+    c, t = config.chain, config.train
     ranks = [span.rank for span in schedule.spans]
     chain = attach(
         model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base="ledger" if in_4bit else c.base,
@@ -189,7 +190,7 @@ def export_run(
     """
     from .best import load_best
     from .construct import load_chain
-    from .models import load_model, load_tokenizer
+    from .models import load_model, load_tokenizer, stored_in_4bit
     from .run import read_run
     from .store import given_path, refuse_existing
 
@@ -199,8 +200,15 @@ def export_run(
         raise UserError(f"--rank is for --to adapter, but --to is {to}: leave it out.")
     target = given_path(out) if out else run / "export" / to
     refuse_existing(target)
-    if onto == "original" and (to == "adapter" or not config.model.load_in_4bit):
+    stored = stored_in_4bit(config.model)
+    in_4bit = stored or config.model.load_in_4bit
+    if onto == "original" and (to == "adapter" or not in_4bit):
         raise UserError("--onto original is for the merged export of a chain on a 4-bit base: leave it out.")
+    if onto == "original" and stored:
+        raise UserError(
+            f"--onto original needs the weights from before they were quantised, but {config.model.name} is stored in "
+            "4 bits: leave it out, or give chain.export_merged(folder, onto=model) the original model in Python."
+        )
     model = load_model(config.model)
     chain = load_best(model, run) if best else load_chain(model, run)
     links = len(chain.links) + (chain.open_link is not None)
@@ -208,7 +216,7 @@ def export_run(
         return f"{links} links as one PEFT adapter: {chain.export_adapter(target, rank)}"
     original = load_model(replace(config.model, load_in_4bit=False)) if onto == "original" else None
     chain.export_merged(target, load_tokenizer(config.model), onto=original)
-    base = ", its 4-bit weights dequantised" if config.model.load_in_4bit and original is None else ""
+    base = ", its 4-bit weights dequantised" if in_4bit and original is None else ""
     return f"{links} links merged into {config.model.name}{base}: {target}"
 
 

@@ -151,11 +151,24 @@ def test_a_submodule_stays_in_its_mode(model: nn.Module, ids: Tensor) -> None:
     assert [layer.training for layer in model.model.layers] == [False, True]
 
 
-def test_adapters_of_peft_get_no_links(model: nn.Module) -> None:
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["v_proj"]], ids=["all-linear", "adapted", "other"])
+def test_adapters_of_peft_get_no_links(model: nn.Module, targets: Any, ids: Tensor) -> None:
+    """The sentence names what works, which is done here. The model inside a PeftModel has the adapter, too."""
     from peft import LoraConfig, get_peft_model
 
-    with pytest.raises(UserError, match=r"q_proj.* belongs to a LoRA layer of PEFT: merge"):
-        attach(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), targets="all-linear")
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    for given in (adapted, adapted.get_base_model()):
+        with pytest.raises(UserError, match=r"belongs to a PEFT adapter.*\.merge_and_unload\(\).*\.unload\(\)"):
+            attach(given, targets=targets)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+    merged = adapted.merge_and_unload()
+    attach(merged, targets=targets)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_tied_weights_are_refused() -> None:

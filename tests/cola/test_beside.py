@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +344,18 @@ def test_a_model_or_file_that_does_not_fit(problem: str, tmp_path: Path) -> None
     with pytest.raises(UserError, match=sentence):
         load_chain(model, tmp_path / "run")
     assert {name: type(m) for name, m in model.named_modules()} == before
+
+
+def test_a_head_that_nothing_trains_is_told_of() -> None:
+    with pytest.warns(UserWarning, match=r"score is frozen: if no checkpoint has it, attach with train_also=\('score',\)"):
+        attach(classifier(), r=2)
+    for keys in ({"train_also": "score"}, {"targets": ["score", "q_proj"]}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attach(classifier(), r=2, **keys)  # type: ignore[arg-type]
+
+
+def test_all_linear_leaves_what_is_trained_whole() -> None:
+    chain = attach(tiny_llama(), r=2, targets="all-linear", train_also="mlp")
+    assert not any("mlp" in name for name in chain.layers)
+    assert {n.rpartition(".")[2] for n in chain.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -245,6 +247,86 @@ def test_modules_without_a_gradient_are_named(model: nn.Module) -> None:
         chain.layers["model.layers.1.self_attn.q_proj"].lora_B.zero_()
     with pytest.warns(UserWarning, match=r"1 of the 4 modules of link 1 had no gradient, such as model.layers.1.self_"):
         chain.tie()
+
+
+def test_an_optimizer_made_once_for_all_links_is_told_of(model: nn.Module, ids: Tensor) -> None:
+    """As in a loop that makes its optimizer first: the second link's factors are in none."""
+    chain = attach(model)
+    optimizer = torch.optim.AdamW(chain.parameters(), lr=0.01)
+
+    def train() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chain.tie()
+    chain.extend()
+    train()
+    with pytest.warns(UserWarning, match=r"Link 1 changes nothing: .* make a new one from chain.parameters\(\) after"):
+        chain.tie()
+
+
+@pytest.mark.parametrize(
+    "keys", [{"init": "pissa"}, {"init": "carry", "carry": 0.5}, {"gate": "sora"}, {"gate": "dora"}], ids=str
+)
+def test_a_link_is_idle_wherever_it_starts(model: nn.Module, keys: dict[str, Any]) -> None:
+    chain = attach(model, **keys)
+    disturb(chain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chain.tie()
+    chain.extend()
+    with pytest.warns(UserWarning, match="Link 1 changes nothing"):
+        chain.tie()
+
+
+def overflowing(chain: Any, name: str = "model.layers.1.self_attn.v_proj") -> None:
+    """An update of 70,000, which fp16 cannot hold, of factors that it can."""
+    disturb(chain)
+    with torch.no_grad():
+        chain.layers[name].lora_A[0, 0] = 350.0
+        chain.layers[name].lora_B[3, 0] = 100.0
+
+
+@pytest.mark.parametrize("base", ["dense", "ledger"])
+def test_a_link_that_the_weights_cannot_hold_is_not_tied(base: str, tmp_path: Path) -> None:
+    model = tiny_llama(dtype=torch.float16)
+    chain = attach(model, base=base)
+    chain.save(tmp_path / "run")
+    overflowing(chain)
+    if base == "ledger":  # factors on their own, with the scale in B
+        with torch.no_grad():
+            chain.layers["model.layers.1.self_attn.v_proj"].lora_B[3, 0] = 40_000.0
+    before, state = snapshot(tmp_path), {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(
+        UserError, match=r"Folding link 0 would leave numbers in .*layers.1.*v_proj that float16 cannot"
+    ):
+        chain.tie()
+    with pytest.raises(UserError, match=r"merged weight of .*layers.1.*v_proj would hold numbers that float"):
+        chain.export_merged(tmp_path / "merged")
+    assert snapshot(tmp_path) == before
+    assert chain.open_link is not None
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+    with torch.no_grad():
+        chain.layers["model.layers.1.self_attn.v_proj"].lora_B[3, 0] = 1.0
+    chain.tie()
+
+
+def test_a_bound_that_is_too_high_does_not_refuse_what_fits() -> None:
+    """Rows whose bound is beyond fp16, but whose numbers are not: opposite signs, and different columns."""
+    model = tiny_llama(dtype=torch.float16)
+    chain = attach(model, r=2, alpha=2)
+    layer = chain.layers["model.layers.0.self_attn.q_proj"]
+    with torch.no_grad():
+        layer.lora_A.zero_()
+        layer.lora_A[0, 0], layer.lora_A[1, 1] = 300.0, 300.0
+        layer.lora_B[5] = torch.tensor([150.0, -150.0])
+        chain.tie()
+    assert bool(layer.weight.isfinite().all())
+    assert float(layer.weight.abs().max()) > 40_000
 
 
 def test_a_link_with_nan_is_never_tied(model: nn.Module, tmp_path: Path) -> None:

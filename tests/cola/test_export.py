@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_fast import UserError, attach, load_chain
+from cola_fast.errors import Note
 from cola_fast.peft_format import Factors, decode, encode
 
 from ..conftest import disturb, snapshot, tiny_llama
@@ -95,6 +96,39 @@ def test_nothing_is_overwritten(what: str, tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
     getattr(chain, what)(tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_generation_settings_that_contradict_each_other_are_kept(tmp_path: Path) -> None:
+    """transformers loads such a model, and refuses to save it."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = tiny_llama()
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        model.save_pretrained(tmp_path / "theirs")
+    chain = attach(model, r=2)
+    with pytest.warns(Note, match=r"settings contradict each other, and are written as they are \(.*temperature"):
+        chain.export_merged(tmp_path / "merged")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for settings in (loaded.generation_config, model.generation_config):
+        assert (settings.do_sample, settings.temperature) == (False, 0.6)
+
+
+def test_what_cannot_be_saved_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model: Any = tiny_llama()
+    chain = attach(model, r=2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.init_kwargs["odd"] = object()  # JSON has none
+    with pytest.raises(UserError, match=r"merged was not written: transformers cannot save this tokenizer \(.*JSON"):
+        chain.export_merged(tmp_path / "merged", tokenizer)
+    with pytest.raises(UserError, match="tokenizer is 'gpt2', but must be one of transformers, or None"):
+        chain.export_merged(tmp_path / "merged", "gpt2")
+    model.config.odd = object()
+    with pytest.raises(UserError, match=r"merged was not written: transformers cannot save this model \("):
+        chain.export_merged(tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_there_must_be_something_to_export(tmp_path: Path) -> None:
