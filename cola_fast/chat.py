@@ -20,12 +20,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from .encode import Row
 from .errors import UserError, reason
-from .messages import Chat
+from .messages import Chat, with_objects
 from .watch import Exceeded, watching
 
 LONGEST = 1 << 24  # characters of a rendered conversation
@@ -38,10 +39,10 @@ def message_rows(source: str, chats: list[Chat], tokenizer: Any, *, enough: int,
     with watching() as watch:
         for number, chat in enumerate(chats, 1):
             watch.restart()
+            read = [chat.messages, chat.keys, sorted(chat.silent)]
             try:
                 template = _dated(_template(tokenizer, chat.keys.get("tools")), date)
-                if "tool_calls" not in template and any(message.get("tool_calls") for message in chat.messages):
-                    raise _Refused("it writes no tool calls, so that they cannot be learned")
+                chat = _as_wanted(chat, template)
                 keys = {**chat.keys, "chat_template": template}
                 whole = _render(tokenizer, chat.messages, keys)
                 marked = _with_marks(template)
@@ -50,7 +51,6 @@ def message_rows(source: str, chats: list[Chat], tokenizer: Any, *, enough: int,
                 else:
                     text = _render(tokenizer, chat.messages, {**keys, "chat_template": marked})
                     pieces = _marked(whole, text, chat)
-                read = [chat.messages, chat.keys, sorted(chat.silent)]
                 rows.append(Row(number, _looked_at(whole, pieces, tokenizer, enough), read=read))
             except (_Refused, Exceeded) as error:
                 why = reason(error)
@@ -67,17 +67,22 @@ class _Refused(Exception):
 def _refuse_powers_and_chance(template: str | Mapping[str, str]) -> None:
     """9**9**9 is one operation that nothing interrupts, and no conversation needs it. Chance would make other data of
     a row in the next process."""
+    for text in template.values() if isinstance(template, Mapping) else [template]:
+        words = _words(str(text))
+        if "**" in words:
+            raise UserError("The tokenizer's chat template raises numbers to powers (**): give it a template without.")
+        if "lipsum" in words or ("|", "random") in itertools.pairwise(words):
+            raise UserError("The tokenizer's chat template writes random text: give it a template without.")
+
+
+def _words(template: str) -> list[str]:
+    """The names and operators of its code; none of one that is malformed, which rendering says."""
     import jinja2
 
-    for text in template.values() if isinstance(template, Mapping) else [template]:
-        try:
-            found = [word for _, kind, word in jinja2.Environment().lex(str(text)) if kind in ("operator", "name")]
-        except jinja2.TemplateError:
-            continue  # rendering says it
-        if "**" in found:
-            raise UserError("The tokenizer's chat template raises numbers to powers (**): give it a template without.")
-        if "lipsum" in found or ("|", "random") in itertools.pairwise(found):
-            raise UserError("The tokenizer's chat template writes random text: give it a template without.")
+    try:
+        return [word for _, kind, word in jinja2.Environment().lex(template) if kind in ("operator", "name")]
+    except jinja2.TemplateError:
+        return []
 
 
 _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"\\]*"|'[^'\\]*')\s*\)""")
@@ -87,7 +92,7 @@ _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"\\]*"|'[^'\\]*')\s
 def _dated(template: str, date: datetime) -> str:
     """The template, with that date where it asks transformers for the present one."""
     dated = _NOW.sub(lambda call: json.dumps(date.strftime(call[1][1:-1])), template)
-    if re.search(r"strftime_now(?!\s+is\b)", re.sub(r"\{#.*?#\}", "", dated, flags=re.DOTALL)):
+    if any(word == "strftime_now" and after != "is" for word, after in itertools.pairwise([*_words(dated), ""])):
         raise _Refused("it asks for the date by other means than strftime_now('FORMAT'), so that it cannot be told it")
     return dated
 
@@ -116,6 +121,22 @@ def _render(tokenizer: Any, chat: list[dict[str, Any]], keys: dict[str, Any], *,
     if len(text) > LONGEST:
         raise _Refused(f"it makes {len(text)} characters of it")
     return text
+
+
+# Arguments of a call, or all of it, written as JSON without asking whether they are JSON already.
+_WRITES_JSON = re.compile(r"(?:arg|function|call)\w{0,20}['\"\])]{0,4}\s{0,9}\|\s{0,9}tojson")
+_ASKS = re.compile(r"arg\w{0,20}['\"\])]{0,4}\s{1,9}is\s")
+
+
+def _as_wanted(chat: Chat, template: str) -> Chat:
+    """Refuses calls that the template would not write. OpenAI's arguments are JSON text, which most templates would
+    write as a string in JSON: those get the object."""
+    for key in ("tool_calls", "function_call"):
+        if key not in template and any(message.get(key) for message in chat.messages):
+            raise _Refused(f"it writes no {key}, so that they cannot be learned")
+    if not _WRITES_JSON.search(template) or _ASKS.search(template):
+        return chat
+    return replace(chat, messages=[with_objects(message) for message in chat.messages])
 
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters of any text

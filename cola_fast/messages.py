@@ -111,6 +111,23 @@ def _described(row: dict[str, Any], column: str, as_written: bool) -> Any:
         raise _Unfit(column, cell, f"JSON that can be read ({reason(error)})") from None
 
 
+def with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """The message, with arguments of its calls that are JSON text of an object as that object."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_with_object(call) for call in calls]} if isinstance(calls, list) else message
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):  # an object already, or no JSON
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
 def without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_none(inner) for key, inner in value.items() if inner is not None}

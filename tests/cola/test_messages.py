@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cola_fast.errors import UserError
+from cola_fast.messages import with_objects
 
 from .test_data import CHAT, MARKED, _own_cache, load, only, spoken, tokenizer, write  # noqa: F401
 
@@ -72,10 +73,52 @@ def test_nulls_that_a_table_filled_in_go(tokenizer: Any, tmp_path: Path, monkeyp
     ]
 
 
-def test_calls_that_the_template_does_not_write_are_refused(tokenizer: Any, write: Any) -> None:
-    talk = [ASK, {"role": "assistant", "content": "", "tool_calls": call(x=1)}]
-    with pytest.raises(UserError, match=r"Row 1 of .* the chat template refuses it: it writes no tool calls"):
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_calls_that_the_template_does_not_write_are_refused(tokenizer: Any, write: Any, key: str) -> None:
+    talk = [ASK, {"role": "assistant", "content": "", key: call(x=1)}]
+    with pytest.raises(UserError, match=rf"Row 1 of .* the chat template refuses it: it writes no {key}"):
         load(tokenizer, write([{"messages": talk}]))
+
+
+BY_ITSELF = (
+    "{{ call.function.name }}({% if call.function.arguments is string %}{{ call.function.arguments }}{% endif %})"
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{{ call.function | tojson }}", '{"name": "f", "arguments": {"x": null}}'),
+        ("{{ call.function['arguments'] | tojson }}", '{"x": null}'),
+        ("{{ call['function']['name'] + call['function']['arguments'] }}", 'f{"x": null}'),
+        (BY_ITSELF, 'f({"x": null})'),
+    ],
+)
+def test_arguments_that_are_json_text(
+    tokenizer: Any, write: Any, written: str, expected: str, monkeypatch: Any
+) -> None:
+    """As OpenAI has them: the template gets an object if it would write the text as a string in JSON."""
+    monkeypatch.setattr(tokenizer, "chat_template", CALLS.replace("{{ call.function | tojson }}", written))
+    calls = [{"type": "function", "function": {"name": "f", "arguments": '{"x": null}'}}]
+    talk = [ASK, {"role": "assistant", "content": None, "tool_calls": calls}]
+    example = only(load(tokenizer, write([{"messages": talk}])))
+    assert spoken(tokenizer, example) == f"<call>{expected}</call></s>"
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "not JSON", "", 7, {"x": 1}], ids=str)
+def test_arguments_that_are_no_json_text_of_an_object_stay(
+    tokenizer: Any, write: Any, arguments: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", CALLS)
+    talk = [ASK, {"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}]
+    example = only(load(tokenizer, write([{"messages": talk}])))
+    assert json.dumps({"arguments": arguments}) in spoken(tokenizer, example)
+
+
+@pytest.mark.parametrize("calls", [7, "a", [1], [{"function": 1}], [{"function": {"name": "f"}}]], ids=str)
+def test_odd_calls_are_the_templates_to_refuse(calls: Any) -> None:
+    message = {"role": "assistant", "tool_calls": calls}
+    assert with_objects(message) == message
 
 
 # --- content in parts -------------------------------------------------------------------------------------------------
