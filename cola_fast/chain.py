@@ -23,7 +23,7 @@ from torch import nn
 from . import knot, store, world
 from .bases import Base
 from .calibration import Batches, as_batches, look
-from .errors import UserError
+from .errors import UserError, shown
 from .grouping import Grouping
 from .layer import PARTS, allow_repacking, forbid_repacking, wrap_all
 from .link import SealedLink, derive_seed, summarise
@@ -283,6 +283,8 @@ class Chain:
         """
         self._require_layers()
         self._require_complete()
+        if extra is not None and not isinstance(extra, Mapping):
+            raise UserError(f"extra is {shown(extra)}, but must be a mapping of names to tensors and plain values.")
         folder = store.given_path(folder).absolute()  # later ties go there, wherever the process has moved to
         world.lead(lambda: self._write(folder, extra))
         self.folder = folder  # on every rank

@@ -13,7 +13,7 @@ from . import store
 from .bases import choose_base
 from .calibration import Batches
 from .chain import Chain
-from .errors import UserError, note
+from .errors import UserError, note, shown
 from .identity import base_identity, fingerprint
 from .layer import LoRALinear
 from .link import SealedLink
@@ -117,8 +117,8 @@ def rebuild(
             "chain has been tied into them already): load the untouched base first."
         )
     sealed = [SealedLink.from_record(entry, folder) for entry in record["links"]]
-    if links is not None and not 0 <= links <= len(sealed):
-        raise UserError(f"{folder} has {len(sealed)} sealed links, so links={links} cannot be loaded.")
+    if links is not None and (isinstance(links, bool) or not isinstance(links, int) or not 0 <= links <= len(sealed)):
+        raise UserError(f"{folder} has {len(sealed)} sealed links, so links={shown(links)} cannot be loaded.")
     for link in sealed:
         link.require_fitting(record["modules"])
     settings = Settings(**{f.name: record[f.name] for f in fields(Settings) if f.name in record})
