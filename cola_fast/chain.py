@@ -23,10 +23,11 @@ from torch import nn
 from . import knot, store, world
 from .bases import Base
 from .calibration import Batches, as_batches, look
+from .coverage import coverage
 from .errors import UserError, shown
 from .grouping import Grouping
 from .layer import PARTS, allow_repacking, forbid_repacking, wrap_all
-from .link import SealedLink, derive_seed, summarise
+from .link import SealedLink, derive_seed, spread, summarise
 from .methods import Pair
 from .modes import plainly
 from .opening import OpenLink, Settings, covered, first_factors, originals_of, starts_of
@@ -67,6 +68,19 @@ class Chain:
             raise
         self._were_trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
+
+    def __repr__(self) -> str:
+        """Short, for a notebook's cell that ends in a chain."""
+        kept = [f"{len(self.links)} sealed"]
+        if self.open_link is not None:
+            trained = sum(parameter.numel() for parameter in self.parameters())
+            kept.append(f"link {self.open_link.index} open: rank {spread(self.open_link.ranks)}, {trained:,} trained")
+        place = f", in {self.folder}" if self.folder is not None else ""
+        return (
+            f"Chain on {self.identity['name']}, {self.base.kind}{place}\n"
+            f"  links    {', '.join(kept)}\n"
+            f"  modules  {len(self.layers)}, {coverage(self.model, self.layers)}"
+        )
 
     # --- the open link ------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from . import store
 from .bases import choose_base
 from .calibration import Batches
 from .chain import Chain
+from .coverage import coverage
 from .errors import UserError, note, shown
 from .identity import base_identity, fingerprint
 from .layer import LoRALinear
@@ -81,7 +82,8 @@ def attach(
     except BaseException:
         chain.detach(discard=True)
         raise
-    for sentence in filter(None, (left_out, lower)):
+    experts = coverage(model, modules).note() if capped else None
+    for sentence in filter(None, (left_out, lower, experts)):
         note(sentence)
     return chain
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import UserError, listed, shown
 from .layer import LoRALinear, factor_dtype, is_nf4
-from .link import derive_seed
+from .link import derive_seed, spread
 from .methods import GATE, INIT, SCALING, Gates, Site, wanted_by
 from .peft_format import Factors
 from .targets import assign_ranks, block_of
@@ -102,12 +102,15 @@ class Settings:
         return SCALING.choose(self.scaling)(self.alpha, rank, self.r)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OpenLink:
     index: int
     ranks: dict[str, int]
     alphas: dict[str, float]
     starts: dict[str, Factors]  # what it took out of the weights; empty, or of every module it covers
+
+    def __repr__(self) -> str:
+        return f"OpenLink({self.index}: {len(self.ranks)} modules, rank {spread(self.ranks)})"
 
 
 def first_factors(

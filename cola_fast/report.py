@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from .batches import Batch, Feed
+    from .coverage import Coverage
     from .data import Data
     from .memory import Estimate
     from .schedule import Schedule
@@ -29,6 +30,7 @@ class Plan(NamedTuple):
     feed: Feed
     data: Data
     layers: int  # that get a link
+    coverage: Coverage  # by all links
     batch: Batch  # the largest one
     device: torch.device
     dtype: torch.dtype
@@ -38,6 +40,7 @@ def plan_run(config: Config) -> Plan:
     """Reads the data but no weights, writes nothing."""
     from .batches import collate
     from .construct import attach
+    from .coverage import coverage
     from .layout import wants_flat
     from .memory import estimate
     from .models import load_empty_model, load_tokenizer, resolve_device, resolve_dtype
@@ -60,6 +63,7 @@ def plan_run(config: Config) -> Plan:
     for rank in ranks if c.ranks == "uniform" else []:
         chain.ranks(rank)
     rehearse(chain, config)
+    covered = coverage(model, chain.layers)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     rows = [[data.train[i] for i in row] for row in feed.sampler.rows]
@@ -70,7 +74,7 @@ def plan_run(config: Config) -> Plan:
         chain, model, batch, device=device, dtype=dtype, in_4bit=in_4bit, checkpointing=t.activation_checkpointing,
         optimizer=t.optimizer, tied=sum(ranks[:-1]) if ledger else 0,
     )  # fmt: skip
-    return Plan(need, schedule, feed, data, len(chain.pairs()), batch, device, dtype)
+    return Plan(need, schedule, feed, data, len(chain.pairs()), covered, batch, device, dtype)
 
 
 def dry_run(config: Config) -> str:
@@ -81,6 +85,7 @@ def dry_run(config: Config) -> str:
     lines = [
         f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {plan.dtype} on {plan.device}",
         f"link       {plan.layers} layers, {need.trained:,} trainable parameters ({percent})",
+        f"           on {plan.coverage}",
         *([] if c.ranks == "uniform" else [f"           at rank {c.r}; {c.ranks} chooses ranks before it trains"]),
         *(f"data       {note}" for note in plan.data.notes),
         f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(plan.feed)} batches an epoch,"
