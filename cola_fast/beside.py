@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import store
-from .errors import UserError, shown, told
+from .errors import UserError, listed, shown, told
 from .layer import LoRALinear
 from .peft_format import TOKEN_ROWS, Also
 from .record import START_FILE
@@ -43,6 +43,10 @@ class Beside:
 
     def __bool__(self) -> bool:
         return bool(self.modules or self.tokens)
+
+    def __str__(self) -> str:
+        rows = [f"rows of {len(self.tokens)} tokens"] if self.tokens else []
+        return f"{listed([*self.modules, *rows], 4)}: {sum(p.numel() for p in self.parameters()):,} trained whole"
 
     # --- taking part in the model -------------------------------------------------------------------------------------
 
@@ -82,6 +86,9 @@ class Beside:
                     yield key, parameter
         for name, module in self._rows().items():
             yield f"{name}.{ROWS}", cast(nn.Parameter, getattr(module, ROWS))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
 
     def held(self) -> set[nn.Module]:
         """All modules that are trained whole, with those that they consist of."""

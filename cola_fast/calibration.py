@@ -34,7 +34,7 @@ Batches = Iterable[Mapping[str, Tensor] | Sample]
 
 def as_batches(batches: Batches) -> list[Mapping[str, Tensor] | Sample]:
     """Raises UserError for anything but batches as the model's forward takes them."""
-    found: list[Any] = [batches] if isinstance(batches, Tensor | str) else list(batches)
+    found: list[Any] = list(batches) if isinstance(batches, Iterable) and not isinstance(batches, Tensor) else [batches]
     wrong = next((type(batch).__name__ for batch in found if not isinstance(batch, Mapping | Sample)), None)
     if wrong is not None:
         raise UserError(

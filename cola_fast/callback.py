@@ -10,6 +10,7 @@ is made to change nothing, and the links are folded into the untouched base, as 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import accumulate
@@ -23,7 +24,7 @@ from transformers import TrainerCallback, get_scheduler
 from .chain import Chain
 from .checkpoint import drop_open_link, restore, save_copy
 from .config import ScheduleConfig, from_dict
-from .errors import UserError
+from .errors import UserError, shown
 from .layer import PARTS
 from .methods import METHODS, preset
 from .models import forget_unpacking
@@ -75,9 +76,15 @@ class ChainCallback(TrainerCallback):
             "links": links, "shares": shares, "ranks": ranks, "lr_span": lr_span, "optimizer_state": optimizer_state,
         }  # fmt: skip
         require_tested("transformers", "ChainCallback")
+        if not isinstance(chain, Chain):
+            raise UserError(f"chain is {shown(chain)}, but must be what cola_fast.attach returns.")
         self.chain = chain
-        _require_attached(chain, method)
+        if not isinstance(method, str):
+            raise UserError(f"method is {shown(method)}, but must be the name of one, see `cola methods`.")
+        if optimizer_state not in (None, "reset", "keep"):
+            raise UserError(f"optimizer_state is {shown(optimizer_state)}, but must be reset or keep.")
         self.config = _checked(method, {key: value for key, value in keys.items() if value is not None})
+        _require_attached(chain, method)
         self.schedule: Schedule | None = None
         self._load_hook: Any = None
         forget_unpacking(chain.model)  # of 4-bit weights, over which the Trainer's first checkpoint would stumble
@@ -112,6 +119,11 @@ class ChainCallback(TrainerCallback):
         self._load_hook.remove()
         self._require_fresh(model)
         self._require_in(optimizer)
+        if state.max_steps < self.config.links:
+            raise UserError(
+                f"The Trainer makes {state.max_steps} steps, but the chain is to have {self.config.links} links, and "
+                "each needs at least one: raise max_steps or num_train_epochs, or lower links."
+            )
         self.schedule = plan(replace(self.config, steps=state.max_steps), rank=self.chain.settings.r, steps_per_epoch=1)
         spans = self.schedule.spans
         for span in spans:
@@ -286,18 +298,26 @@ def _curve(args: Any, steps: int) -> Any:
 def _require_attached(chain: Chain, method: str) -> None:
     """What a method sets of the links themselves is `attach`'s to do."""
     for key, value in preset([method], {}).get("chain", {}).items():
-        found = getattr(chain.settings, key, None)
+        if key == "ranks":
+            raise UserError(
+                f"The method {method} chooses ranks from data, which ChainCallback cannot: attach with rank_pattern="
+                "gelora_ranks(...) and scaling='constant', and leave method out; or use `cola train`."
+            )
+        found = getattr(chain.settings, key)
         if found != value:
             raise UserError(
-                f"The method {method} sets chain.{key} to {value}, but this chain has {found}: attach it so, or use "
-                "`cola train`."
+                f"The method {method} sets {key} to {value!r}, but this chain has {found!r}: attach it with "
+                f"{key}={value!r}, or use `cola train`."
             )
 
 
 def _checked(method: str, schedule: Mapping[str, Any]) -> ScheduleConfig:
     """The section `schedule` of a configuration, checked as one; its length and learning rate are the Trainer's."""
     trainers = {"model": {"name": "the Trainer's"}, "data": {"train": "the Trainer's"}}
-    config = from_dict({**trainers, "chain": {"method": method}, "schedule": {**schedule, "steps": 1}})
+    try:
+        config = from_dict({**trainers, "chain": {"method": method}, "schedule": {**schedule, "steps": 1}})
+    except UserError as error:  # which speaks of a configuration's keys
+        raise UserError(re.sub(r"\b(?:schedule|chain)\.(?=[a-z])", "", str(error))) from None
     own = [f"train.{key}" for key in METHODS[method].defaults.get("train", {})]
     own += ["schedule.rewarm"] if config.schedule.rewarm else []
     if config.schedule.optimizer_state not in ("reset", "keep"):

@@ -24,10 +24,11 @@ from . import knot, store, world
 from .bases import Base
 from .beside import Beside
 from .calibration import Batches, as_batches, look
-from .errors import UserError
+from .coverage import coverage
+from .errors import UserError, shown
 from .grouping import Grouping
 from .layer import PARTS, allow_repacking, forbid_repacking, wrap_all
-from .link import SealedLink, derive_seed, summarise
+from .link import SealedLink, derive_seed, spread, summarise
 from .methods import Pair
 from .modes import plainly
 from .opening import OpenLink, Settings, covered, first_factors, originals_of, starts_of
@@ -73,6 +74,20 @@ class Chain:
             self._unwrap()
             raise
         self._untouched = Untouched(model, [*(layer.weight for layer in self.layers.values()), *beside.tensors()])
+
+    def __repr__(self) -> str:
+        """Short, for a notebook's cell that ends in a chain."""
+        kept = [f"{len(self.links)} sealed"]
+        if self.open_link is not None:
+            trained = sum(parameter.numel() for parameter in self.parameters())
+            kept.append(f"link {self.open_link.index} open: rank {spread(self.open_link.ranks)}, {trained:,} trained")
+        place = f", in {self.folder}" if self.folder is not None else ""
+        return (
+            f"Chain on {self.identity['name']}, {self.base.kind}{place}\n"
+            f"  links    {', '.join(kept)}\n"
+            f"  modules  {len(self.layers)}, {coverage(self.model, self.layers, self.beside.parameters())}"
+            + (f"\n  beside   {self.beside}" if self.beside else "")
+        )
 
     # --- the open link ------------------------------------------------------------------------------------------------
 
@@ -306,6 +321,8 @@ class Chain:
         self._require_layers()
         self._require_complete()
         self.require_all_kept()
+        if extra is not None and not isinstance(extra, Mapping):
+            raise UserError(f"extra is {shown(extra)}, but must be a mapping of names to tensors and plain values.")
         folder = store.given_path(folder).absolute()  # later ties go there, wherever the process has moved to
         world.lead(lambda: self._write(folder, extra))
         self.folder = folder  # on every rank
@@ -411,9 +428,10 @@ class Chain:
         """Raises UserError if anything but the chain's own is trained or has changed: nobody would keep it."""
         if not self.layers:  # detached
             return
-        beside = (parameter for _, parameter in self.beside.named_parameters())
         factors = (getattr(layer, part) for layer in self.layers.values() for part in PARTS)
-        self._untouched.require(self.model, [*beside, *(factor for factor in factors if factor is not None)])
+        self._untouched.require(
+            self.model, [*self.beside.parameters(), *(factor for factor in factors if factor is not None)]
+        )
 
     def _require_complete(self) -> None:
         if self.waiting:

@@ -14,7 +14,8 @@ from .bases import choose_base
 from .beside import choose_beside, recorded_beside, require_apart
 from .calibration import Batches
 from .chain import Chain
-from .errors import UserError, note
+from .coverage import coverage
+from .errors import UserError, note, shown
 from .identity import base_identity, fingerprint
 from .layer import LoRALinear
 from .link import SealedLink
@@ -91,7 +92,8 @@ def attach(
     except BaseException:
         chain.detach(discard=True)
         raise
-    for sentence in filter(None, (left_out, lower, beside.forgotten(modules))):
+    experts = coverage(model, modules).note() if capped else None
+    for sentence in filter(None, (left_out, lower, experts, beside.forgotten(modules))):
         note(sentence)
     return chain
 
@@ -128,8 +130,8 @@ def rebuild(
             "chain has been tied into them already): load the untouched base first."
         )
     sealed = [SealedLink.from_record(entry, folder) for entry in record["links"]]
-    if links is not None and not 0 <= links <= len(sealed):
-        raise UserError(f"{folder} has {len(sealed)} sealed links, so links={links} cannot be loaded.")
+    if links is not None and (isinstance(links, bool) or not isinstance(links, int) or not 0 <= links <= len(sealed)):
+        raise UserError(f"{folder} has {len(sealed)} sealed links, so links={shown(links)} cannot be loaded.")
     for link in sealed:
         link.require_fitting(record["modules"])
         beside.require_fitting(link.also(), str(link.folder))

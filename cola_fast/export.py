@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .chain import Chain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportedAdapter:
     """Where an adapter was written, and what was lost. Stands for its path; `print` shows the rest."""
 
@@ -38,6 +38,10 @@ class ExportedAdapter:
 
     def __fspath__(self) -> str:
         return str(self.path)
+
+    def __repr__(self) -> str:
+        loss = f"largest error {max(self.errors.values()):.1e}" if any(self.errors.values()) else "exact"
+        return f"ExportedAdapter({self.path}: {len(self.errors)} modules, rank {self.rank}, {loss})"
 
     def __str__(self) -> str:
         exact = not any(self.errors.values())

@@ -18,7 +18,7 @@ from .peft_format import Factors
 from .record import CHAIN_FILE, folder_name
 
 
-@dataclass
+@dataclass(repr=False)
 class SealedLink:
     """Its factors are in `folder`, or in memory while the chain has not been saved anywhere."""
 
@@ -48,6 +48,12 @@ class SealedLink:
         contents = peft_format.encode(factors, **peft)
         ranks = {name: f.rank for name, f in factors.items()}
         return cls(index, ranks, {name: store.sha256(data) for name, data in contents.items()}, contents, difference)
+
+    def __repr__(self) -> str:
+        kept = f", kept {self.fold['retained']:.4f} in the fold" if self.fold else ""
+        place = self.folder or "memory"
+        modules = f"{len(self.ranks)} modules, rank {spread(self.ranks)}"
+        return f"SealedLink({self.index}: {modules}, sha256 {self.sha256[:12]}{kept}, in {place})"
 
     @property
     def sha256(self) -> str:
@@ -125,6 +131,11 @@ def summarise(reports: Mapping[str, FoldReport]) -> dict[str, Any]:
         "error": sum(r.error for r in reports.values()) / len(reports),
         "least_retained": [worst, reports[worst].retained],
     }
+
+
+def spread(ranks: Mapping[str, int]) -> str:
+    """`8`, or `1-8` where modules differ."""
+    return "-".join(map(str, sorted({min(ranks.values()), max(ranks.values())}))) if ranks else "none"
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:

@@ -7,8 +7,10 @@ or a kernel needs only while it runs, and what the allocator, the device's libra
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,16 +57,13 @@ def estimate(
     optimizer: str = "adamw",
     tied: int = 0,
 ) -> Estimate:
-    """For a chain attached to a model on the meta device, to be trained on `device`. The model is of no use afterwards.
+    """For a chain attached to a model on the meta device, of that dtype, to be trained on `device`. The model is of no
+    use afterwards.
 
     batch: the largest that a step will see. in_4bit: the linear layers will be NF4, but for the output head. tied: the
     rank of all links in a ledger beside the weights, 0 where they are folded.
     """
-    model.to(dtype)
-    for layer in chain.layers.values():  # the link stays fp32 whatever the base is
-        for parameter in (getattr(layer, part) for part in PARTS):
-            if parameter is not None:
-                parameter.data = parameter.data.float()
+    for layer in chain.layers.values():
         if tied:
             n, k = layer.weight.shape
             layer.ledger_A = torch.empty(tied, k, dtype=dtype, device="meta")
@@ -86,7 +85,8 @@ def estimate(
         _leave_out_the_mask(model)
     step = obstacle = None
     try:
-        step = _most_in_a_step(model, batch, device)
+        with _unlogged():
+            step = _most_in_a_step(model, batch, device)
     except Exception as error:  # a model's own code, which may look at values
         obstacle = str(error).strip().split("\n")[0]
     held = sum(p.nbytes for p in link) + round(trained * state)
@@ -122,6 +122,26 @@ def _leave_out_the_mask(model: Any) -> None:
         model.config._attn_implementation = "sdpa_without_mask"
 
 
+def _grouped(function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The product of a mixture's experts. Its kernels take other dtypes, too, but of its shapes PyTorch tells in bf16
+    only; nothing made here is counted."""
+    halved = [arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in (x, *args)]
+    result: Tensor = function(*halved, **{**kwargs, "out_dtype": None})
+    return result.to(x.dtype)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """What cannot be run on fake tensors is our answer's to say: PyTorch logs its traceback, too."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of all storages that operators return, until each is freed."""
 
@@ -133,7 +153,10 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._grouped_mm.default:
+            result = _grouped(function, *args, **(kwargs or {}))
+        else:
+            result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError, listed
+from .errors import UserError, listed, shown
 from .layer import LoRALinear, factor_dtype, is_nf4
-from .link import derive_seed
+from .link import derive_seed, spread
 from .methods import GATE, INIT, SCALING, Gates, Site, wanted_by
 from .peft_format import Factors
 from .targets import assign_ranks, block_of
+
+LARGEST = 1e30  # of what is a number in 32 bits, with room for products
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,21 @@ class Settings:
 
     def validate(self) -> None:
         """Raises UserError for a value that no link can have."""
-        INIT.choose(self.init)
-        SCALING.choose(self.scaling)
+        INIT.choose(self.init, "init")
+        SCALING.choose(self.scaling, "scaling")
         if self.gate is not None:
-            GATE.choose(self.gate)
+            GATE.choose(self.gate, "gate")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise UserError(f"seed is {shown(self.seed)}, but must be a whole number.")
         for key in ("alpha", "dropout", "share", "carry"):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise UserError(f"{key} is {value!r}, but it must be a finite number.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+                raise UserError(f"{key} is {shown(value)}, but it must be a finite number, in 32 bits.")
         needed = self.frozen in wanted_by(self.init).trained
         rules = (
             (0 <= self.dropout < 1, f"dropout is {self.dropout}, but it must be at least 0 and less than 1."),
             (self.alpha > 0, f"alpha is {self.alpha}, but it must be positive."),
-            (self.frozen in (None, "a", "b"), f"frozen is {self.frozen!r}, but must be 'a', 'b' or None."),
+            (self.frozen in (None, "a", "b"), f"frozen is {shown(self.frozen)}, but must be 'a', 'b' or None."),
             (not needed, f"frozen is {self.frozen!r}, but init {self.init} needs that factor trained: set it to None."),
             (0 < self.share <= 1, f"share is {self.share}, but it is a share of the blocks, above 0 and at most 1."),
             (0 <= self.carry <= 1, f"carry is {self.carry}, but it is a share of a link, between 0 and 1."),
@@ -98,12 +102,15 @@ class Settings:
         return SCALING.choose(self.scaling)(self.alpha, rank, self.r)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OpenLink:
     index: int
     ranks: dict[str, int]
     alphas: dict[str, float]
     starts: dict[str, Factors]  # what it took out of the weights; empty, or of every module it covers
+
+    def __repr__(self) -> str:
+        return f"OpenLink({self.index}: {len(self.ranks)} modules, rank {spread(self.ranks)})"
 
 
 def first_factors(
@@ -154,6 +161,8 @@ def originals_of(
 
     Raises UserError if no layer is 4-bit, if the model is missing, or if it is not what they were quantised from.
     """
+    if original is not None and not isinstance(original, nn.Module):
+        raise UserError(f"original is {shown(original)}, but must be the 16-bit model, a torch.nn.Module.")
     if index > 0 or not wanted_by(init).corrects:
         return {}
     quantised = {name: layer for name, layer in layers.items() if is_nf4(layer)}

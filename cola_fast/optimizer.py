@@ -25,7 +25,7 @@ def make_optimizer(chain: Chain, config: TrainConfig) -> torch.optim.Optimizer:
     for name, parameter in chain.link_parameters():
         part = name.rsplit(".", 1)[-1]
         by_part[part if part in GATES or config.lr_ratio != 1 else "factors"].append(parameter)
-    for _, parameter in chain.beside.named_parameters():
+    for parameter in chain.beside.parameters():
         by_part["matrices" if parameter.dim() > 1 else "vectors"].append(parameter)
     groups: list[dict[str, Any]] = []
     for part, parameters in by_part.items():
@@ -43,7 +43,7 @@ def state_of(optimizer: torch.optim.Optimizer, chain: Chain) -> dict[int, dict[s
     """Its state by parameter index. What is trained beside the links is counted from the end, -1 being the last: the
     next link may have more or fewer parameters."""
     total = sum(len(group["params"]) for group in optimizer.param_groups)
-    of_link = total - len(list(chain.beside.named_parameters()))
+    of_link = total - len(chain.beside.parameters())
     return {i if i < of_link else i - total: s for i, s in optimizer.state_dict()["state"].items()}
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from .batches import Batch, Feed
+    from .coverage import Coverage
     from .data import Data
     from .memory import Estimate
     from .schedule import Schedule
@@ -30,6 +31,8 @@ class Plan(NamedTuple):
     feed: Feed
     data: Data
     layers: int  # that get a link
+    beside: dict[str, int]  # parameters trained beside the links, and their sizes
+    coverage: Coverage  # by all links
     batch: Batch  # the largest one
     device: torch.device
     dtype: torch.dtype
@@ -39,13 +42,16 @@ def plan_run(config: Config) -> Plan:
     """Reads the data but no weights, writes nothing."""
     from .batches import collate
     from .construct import attach
+    from .coverage import coverage
     from .layout import wants_flat
     from .memory import estimate
     from .models import load_empty_model, load_tokenizer, resolve_device, resolve_dtype
     from .prepare import is_4bit, prepare, read_data, rehearse, train_also
 
     in_4bit = is_4bit(config)
-    model = load_empty_model(config.model)
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, device)
+    model = load_empty_model(config.model).to(dtype)
     tokenizer = load_tokenizer(config.model)
     data = read_data(config, model, tokenizer, datetime.now())
     schedule, feed = prepare(config, data)
@@ -61,8 +67,7 @@ def plan_run(config: Config) -> Plan:
     for rank in ranks if c.ranks == "uniform" else []:
         chain.ranks(rank)
     rehearse(chain, config)
-    device = resolve_device(config.model.device)
-    dtype = resolve_dtype(config.model.dtype, device)
+    covered = coverage(model, chain.layers, chain.beside.parameters())
     rows = [[data.train[i] for i in row] for row in feed.sampler.rows]
     rows.sort(key=lambda row: -sum(map(len, row)))
     batch = collate(rows[: t.batch_size], flat=wants_flat(model))
@@ -71,7 +76,8 @@ def plan_run(config: Config) -> Plan:
         chain, model, batch, device=device, dtype=dtype, in_4bit=in_4bit, checkpointing=t.activation_checkpointing,
         optimizer=t.optimizer, tied=sum(ranks[:-1]) if ledger else 0,
     )  # fmt: skip
-    return Plan(need, schedule, feed, data, len(chain.pairs()), batch, device, dtype)
+    beside = {name: parameter.numel() for name, parameter in chain.beside.named_parameters()}
+    return Plan(need, schedule, feed, data, len(chain.pairs()), beside, covered, batch, device, dtype)
 
 
 def dry_run(config: Config) -> str:
@@ -82,6 +88,8 @@ def dry_run(config: Config) -> str:
     lines = [
         f"model      {config.model.name}, {need.total / 1e6:,.1f} M parameters, {plan.dtype} on {plan.device}",
         f"link       {plan.layers} layers, {need.trained:,} trainable parameters ({percent})",
+        *(f"           of them {size:,} beside the links, {name}" for name, size in plan.beside.items()),
+        f"           on {plan.coverage}",
         *([] if c.ranks == "uniform" else [f"           at rank {c.r}; {c.ranks} chooses ranks before it trains"]),
         *(f"data       {note}" for note in plan.data.notes),
         f"schedule   {schedule.total} steps of {t.batch_size * t.accumulation} rows, {len(plan.feed)} batches an epoch,"
@@ -235,6 +243,10 @@ def describe(folder: str | Path) -> str:
         + f", {record['base_kind']}",
         f"modules  {len(record['modules'])}, alpha {record['alpha']:g}, dropout {record['dropout']:g}",
     ]
+    if record.get("beside"):
+        tokens = len(record["beside"]["tokens"])
+        rows = [f"the rows of {tokens} tokens"] if tokens else []
+        lines.append(f"beside   {', '.join([*record['beside']['modules'], *rows])}")
     for entry in record["links"]:
         fold = entry["fold"]
         kept = f", kept {fold['retained']:.4f} in the fold" if fold else ""

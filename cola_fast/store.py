@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from .errors import UserError, note
+from .errors import UserError, note, shown
 
 SEAL = "sha256"  # the key of a record's own checksum
 MARK = 16  # hex digits of a checksum in a file's name
@@ -141,8 +141,10 @@ def save_tensors(folder: Path, number: int, value: Any) -> Path:
 # --- paths and reading ------------------------------------------------------------------------------------------------
 
 
-def given_path(path: str | Path) -> Path:
+def given_path(path: str | os.PathLike[str]) -> Path:
     """A path that somebody has given, `~` as a shell reads it. Raises UserError for one that no file can have."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{shown(path)} is no path: give a folder or file as text or as a pathlib.Path.")
     found = Path(os.path.expanduser(path))
     with reading(found), suppress(FileNotFoundError, NotADirectoryError):
         found.lstat()

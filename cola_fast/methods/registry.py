@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from ..errors import UserError, near
+from ..errors import UserError, near, shown
 
 if TYPE_CHECKING:
     import torch
@@ -109,10 +109,11 @@ class Slot(dict[str, F], Generic[F]):
 
         return register
 
-    def choose(self, name: str) -> F:
-        """Raises UserError for a name that nothing has registered."""
-        if name not in self:
-            raise UserError(f"{self.key} is {name!r}, but must be one of {', '.join(self)}.{near(str(name), self)}")
+    def choose(self, name: str, argument: str | None = None) -> F:
+        """Raises UserError for a name that nothing has registered. argument: what it is called in Python."""
+        if not isinstance(name, str) or name not in self:
+            key, hint = argument or self.key, near(str(name), self) if isinstance(name, str) else ""
+            raise UserError(f"{key} is {shown(name)}, but must be one of {', '.join(self)}.{hint}")
         return self[name]
 
 

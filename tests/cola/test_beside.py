@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification
 
 from cola_fast import UserError, attach, load_chain
+from cola_fast import train as train_run
+from cola_fast.config import load
+from cola_fast.report import describe, dry_run
 
 from ..conftest import snapshot, tiny_llama
 
@@ -359,3 +363,17 @@ def test_all_linear_leaves_what_is_trained_whole() -> None:
     chain = attach(tiny_llama(), r=2, targets="all-linear", train_also="mlp")
     assert not any("mlp" in name for name in chain.layers)
     assert {n.rpartition(".")[2] for n in chain.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_it_is_counted_and_shown(config_file: Callable[..., str], tmp_path: Path) -> None:
+    path = config_file(chain__train_also=["norm"], chain__train_tokens=[5, 6], schedule__links=1, schedule__steps=1)
+    told = dry_run(load(path))
+    links = sum(p.numel() for p in attach(tiny_llama(), r=2).parameters())
+    assert f"{links + 32 + 2 * 2 * 32:,} trainable parameters" in told
+    assert "of them 32 beside the links, model.norm.weight" in told
+    assert "of them 64 beside the links, lm_head.token_rows" in told
+    train_run(load(path), quiet=True)
+    assert "beside   model.norm, the rows of 2 tokens" in describe(tmp_path / "run")
+    chain = load_chain(tiny_llama(), tmp_path / "run")
+    assert "beside   model.norm, rows of 2 tokens: 160 trained whole" in repr(chain)
+    assert "norm" not in repr(chain).split("beside")[0].replace("layernorm", "")
