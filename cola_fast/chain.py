@@ -34,10 +34,11 @@ from .modes import plainly
 from .opening import OpenLink, Settings, covered, first_factors, moves, originals_of, starts_of
 from .peft_format import Factors, task_type
 from .record import CHAIN_FILE, FORMAT, binding, folder_name, write_record, write_state
+from .saving import Saves
 from .targets import short_targets
 
 if TYPE_CHECKING:
-    from .export import ExportedAdapter
+    from .export import ExportedAdapter, ExportedModel
 
 
 class Chain:
@@ -67,6 +68,7 @@ class Chain:
         except BaseException:
             allow_repacking(self._repacking)
             raise
+        self.saves = Saves(model, base.merging)
         self._were_trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
 
@@ -263,6 +265,7 @@ class Chain:
             )
         for name, start in starts.items():
             self._take_out(len(self.links), name, start)  # put back
+        self.saves.remove()
         for layer in self.layers.values():
             layer.to_linear()
         for parameter in self._were_trainable:
@@ -330,7 +333,9 @@ class Chain:
 
         return export_adapter(self, store.given_path(folder).absolute(), rank)
 
-    def export_merged(self, folder: str | Path, tokenizer: Any = None, *, onto: nn.Module | None = None) -> Path:
+    def export_merged(
+        self, folder: str | Path, tokenizer: Any = None, *, onto: nn.Module | None = None
+    ) -> ExportedModel:
         """The model with every link in its weights, as a plain transformers checkpoint (safetensors), never quantised.
 
         onto: the 16-bit model that a 4-bit base was quantised from, to fold the links into that, as trained; it is
