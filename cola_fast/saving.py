@@ -43,10 +43,12 @@ class Saves:
 
     def guard(self) -> None:
         """Refuse weights that have the open link in them already, where they are loaded into the model."""
+        self.unguard()
         self._guard = self.model.register_load_state_dict_pre_hook(_refuse_merged)
 
     def unguard(self) -> None:
-        self._guard.remove()
+        if self._guard is not None:
+            self._guard.remove()
 
     def remove(self) -> None:
         self.unguard()
@@ -149,7 +151,8 @@ def _merged(layer: LoRALinear, base: Tensor, parts: Sequence[Tensor | None], rou
     if a is not None and b is not None:
         base = base.clone()  # it may be the live weight
         merge(base, Factors(a, b, layer.scale * len(a), e, magnitude), rounding=rounding)
-    return base if base.data_ptr() == layer.weight.data_ptr() else base.cpu()
+    is_live = not is_sharded(layer.weight) and base.data_ptr() == layer.weight.data_ptr()
+    return base if is_live else base.cpu()
 
 
 def _with_ledger(layer: LoRALinear, weight: Tensor) -> Tensor:
