@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import patterns, store
 from .errors import WORD, UserError, cut, near, shown, told
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
 INITS_ON_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 # Keys of adapter_config.json that make an adapter more than `scale · B A` on linears, when they are set.
 UNSUPPORTED = (
-    "use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
+    "use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices",
     "layer_replication", "megatron_config", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
     "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank can be
 
 
 def import_adapter(chain: Chain, folder: Path) -> SealedLink:
@@ -149,10 +148,10 @@ def cut_to_rank(factors: Factors, rank: int) -> tuple[Factors, float]:
     is made. Scale 1; both factors carry the square root of the singular values. An update of no higher rank comes back
     as it is, with its scale in B.
     """
-    a, b, scale = factors.a, factors.b, factors.scale
+    a, b = factors.a, factors.scaled()
     if factors.rank <= rank:
-        return Factors(a, b * scale, float(factors.rank)), 0.0
-    q_b, r_b = torch.linalg.qr(b.double() * scale)  # [N, R'], [R', R]
+        return Factors(a, b, float(factors.rank)), 0.0
+    q_b, r_b = torch.linalg.qr(b.double())  # [N, R'], [R', R]
     q_a, r_a = torch.linalg.qr(a.double().t())  # [K, R''], [R'', R]
     u, s, vt = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
     rank = min(rank, s.numel())
@@ -163,42 +162,14 @@ def cut_to_rank(factors: Factors, rank: int) -> tuple[Factors, float]:
     return Factors(a_cut.contiguous(), b_cut.contiguous(), float(rank)), math.sqrt(lost / total) if total else 0.0
 
 
-def vllm_notes(factors: Mapping[str, Factors]) -> list[str]:
-    """What vLLM needs to be told to load this adapter, or what is in its way. It takes no modules_to_save and no
-    biases, which an adapter of ours never has, and one alpha / r for all modules."""
-    if any(f.magnitude is not None for f in factors.values()):
-        return ["vLLM loads no DoRA adapters: export the merged model"]
-    largest = max(f.rank for f in factors.values())
-    fitting = next((rank for rank in VLLM_RANKS if rank >= largest), None)
-    if fitting is None:
-        return [f"vLLM cannot load rank {largest}, at most {VLLM_RANKS[-1]}: export with a rank, or the merged model"]
-    notes = [f"vLLM loads it with --enable-lora --max-lora-rank {fitting}"]
-    if len({f.scale for f in factors.values()}) > 1:
-        notes.append("vLLM uses one alpha / r for all modules, but the modules' scales differ: export the merged model")
-    return notes
-
-
-def peft_notes(model: nn.Module, factors: Mapping[str, Factors]) -> list[str]:
-    """PEFT looks for v4's expert linears in what transformers 5 holds as one tensor for all experts, and takes the
-    dense linears of the same names for them."""
-    fused = any(p.dim() == 3 and ".experts." in f".{name}" for name, p in model.named_parameters())
-    taken = sorted({name.rsplit(".", 1)[-1] for name in factors} & _EXPERT_LINEARS) if fused else []
-    if not taken:
-        return []
-    return [
-        f"PEFT may take {', '.join(taken)} for this model's fused experts, and leave their links out when it loads "
-        "them: compare outputs, or export the merged model"
-    ]
-
-
-_EXPERT_LINEARS = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
-
-
 def _refuse_more_than_lora(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"The adapter in {folder} is of type {shown(kind)}, but a link can only come from LORA.")
     found = [key for key in UNSUPPORTED if config.get(key)]
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(str(name).endswith(".weight") for name in parameters):
+        found.append("target_parameters")  # others than weights of linears
     if config.get("bias", "none") != "none":
         found.append("bias")
     if found:

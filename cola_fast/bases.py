@@ -33,6 +33,11 @@ class Base(Protocol):
     kind: str
     rounding: str
 
+    @property
+    def merging(self) -> str:
+        """How links are rounded that go into a copy of the weights: nearest or stochastic."""
+        return "nearest" if self.rounding == "nearest" else "stochastic"
+
     def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
         """Make `factors` part of the layer's base. The same arguments on the same base give the same bits."""
         ...
@@ -42,7 +47,7 @@ class Base(Protocol):
         ...
 
 
-class DenseBase:
+class DenseBase(Base):
     """fp32, bf16 or fp16 weights, changed in place: `W += scale · B A`, fp32 arithmetic, rounded once. With a magnitude
     rows are then scaled, before that rounding."""
 
@@ -77,7 +82,7 @@ class NF4Base(DenseBase):
         return is_nf4(layer) or super().holds(layer, factors)  # codes stay codes, and scales are frozen
 
 
-class LedgerBase:
+class LedgerBase(Base):
     """Weights that never change: links are kept as concatenated frozen factors, in the dtype the layer computes in."""
 
     kind = "ledger"
@@ -85,7 +90,7 @@ class LedgerBase:
 
     def fold(self, layer: LoRALinear, factors: Factors, seed: int, *, report: bool) -> FoldReport | None:
         dtype, device = layer.compute_dtype, layer.weight.device
-        a, b = factors.a.to(device, dtype), (factors.b * factors.scale).to(device, dtype)
+        a, b = factors.a.to(device, dtype), factors.scaled().to(device, dtype)
         if layer.ledger is not None:
             a, b = (torch.cat(parts, dim) for dim, parts in enumerate(zip(layer.ledger, (a, b), strict=True)))
         layer.ledger_A, layer.ledger_B = a, b

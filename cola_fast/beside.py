@@ -177,18 +177,6 @@ class Beside:
         return Also(tuple(self.modules), {name: list(self.tokens) for name in self._rows()}, self.values())
 
     @torch.no_grad()
-    def settled(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A state dict of the model as a plain model's: trained values rounded to what the model computes with, rows in
-        their places."""
-        plain = {key: value for key, value in state.items() if key.rpartition(".")[2] != ROWS}
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            if isinstance(module, Wide):
-                plain |= {_join(name, key): p for key, p in module.rounded().items()}
-            elif isinstance(module, WithRows):
-                plain[_join(name, "weight")] = module.whole()
-        return plain
-
-    @torch.no_grad()
     def give(self, model: nn.Module) -> None:
         """Put the trained values into another plain model of the same architecture."""
         theirs = model.state_dict(keep_vars=True)

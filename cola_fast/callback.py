@@ -4,7 +4,7 @@ The Trainer keeps its loop, data, optimizer and checkpoints. At the end of a lin
 opens the next, and puts the new factors into the optimizer in place of the old ones.
 
 A checkpoint holds the chain in its folder `chain`, which is all that counts on resuming. The Trainer's own model file
-has the tied links folded in: loading it and folding the links again would apply them twice, so the Trainer's load
+has all links in its weights: loading it and folding the links again would apply them twice, so the Trainer's load
 is made to change nothing, and the links are folded into the untouched base, as `load_chain` does it.
 """
 
@@ -28,6 +28,7 @@ from .errors import UserError, shown
 from .layer import PARTS
 from .methods import METHODS, preset
 from .models import forget_unpacking
+from .saving import merged_weight
 from .schedule import Schedule, Span, plan
 from .versions import require_tested
 
@@ -107,6 +108,7 @@ class ChainCallback(TrainerCallback):
                 "it without a distributed launcher, with CUDA_VISIBLE_DEVICES naming one GPU."
             )
         vars(self.chain.model).pop("_hf_peft_config_loaded", None)
+        self.chain.saves.unguard()
         self._load_hook = model.register_load_state_dict_pre_hook(self._load_nothing)
 
     def on_train_begin(
@@ -117,6 +119,7 @@ class ChainCallback(TrainerCallback):
                 "ChainCallback must know the Trainer from its start: pass it as Trainer(..., callbacks=[...])."
             )
         self._load_hook.remove()
+        self.chain.saves.guard()
         self._require_fresh(model)
         self._require_in(optimizer)
         if state.max_steps < self.config.links:
@@ -193,13 +196,23 @@ class ChainCallback(TrainerCallback):
                 f"{checkpoint} belongs to another schedule (links of {[s['steps'] for s in extra['spans']]} steps, now "
                 f"{[s['steps'] for s in self._spans()]}): resume with the arguments it was started with."
             )
-        for key, values in self._samples(self.chain.model.state_dict()).items():
+        for key, values in self._written().items():
             if not torch.equal(self._loaded.get(key, values), values):
                 raise UserError(
                     f"{folder} and the checkpoint that is being resumed hold different links: set output_dir to the "
                     "folder that holds the checkpoint."
                 )
         self._loaded = {}
+
+    def _written(self) -> dict[str, Tensor]:
+        """Samples of what the Trainer's model file holds if it is of this chain: weights with all links in them. Those
+        of earlier versions hold weights as they are, and factors."""
+        if any(key.rpartition(".")[2] in PARTS or not v.is_floating_point() for key, v in self._loaded.items()):
+            return self._samples(self.chain.model.state_dict())
+        samples: dict[str, Tensor] = {}
+        for name, layer in self.chain.layers.items():
+            samples |= self._samples({f"{name}.weight": merged_weight(layer, self.chain.base.merging)})
+        return samples
 
     def _samples(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Some values of every weight and factor of the chain, enough to tell one chain from another."""

@@ -34,11 +34,12 @@ from .modes import plainly
 from .opening import OpenLink, Settings, covered, first_factors, originals_of, starts_of
 from .peft_format import Factors, task_type
 from .record import CHAIN_FILE, FORMAT, START_FILE, binding, folder_name, write_record, write_state
+from .saving import Saves
 from .targets import short_targets
 from .untouched import Untouched
 
 if TYPE_CHECKING:
-    from .export import ExportedAdapter
+    from .export import ExportedAdapter, ExportedModel
 
 
 class Chain:
@@ -73,6 +74,7 @@ class Chain:
         except BaseException:
             self._unwrap()
             raise
+        self.saves = Saves(model, base.merging)
         self._untouched = Untouched(model, [*(layer.weight for layer in self.layers.values()), *beside.tensors()])
 
     def __repr__(self) -> str:
@@ -290,6 +292,7 @@ class Chain:
             )
         for name, start in starts.items():
             self._take_out(len(self.links), name, start)  # put back
+        self.saves.remove()
         self._unwrap()
         self.open_link = None
         return self.model
@@ -369,7 +372,9 @@ class Chain:
         self.require_all_kept()
         return export_adapter(self, store.given_path(folder).absolute(), rank)
 
-    def export_merged(self, folder: str | Path, tokenizer: Any = None, *, onto: nn.Module | None = None) -> Path:
+    def export_merged(
+        self, folder: str | Path, tokenizer: Any = None, *, onto: nn.Module | None = None
+    ) -> ExportedModel:
         """The model with every link in its weights, as a plain transformers checkpoint (safetensors), never quantised.
 
         onto: the 16-bit model that a 4-bit base was quantised from, to fold the links into that, as trained; it is

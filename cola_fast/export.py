@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +11,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cola_kernels import nf4_dequantize
-
-from . import peft_format, store
-from .adapters import cut_to_rank, error_table, peft_notes, vllm_notes
+from . import compare, peft_format, store
+from .adapters import cut_to_rank, error_table
 from .bases import merge
 from .errors import UserError, reason, shown
-from .layer import PARTS, is_nf4
 from .methods import wanted_by
-from .models import forget_unpacking, generation_settings
-from .peft_format import Factors
+from .peft_format import CONFIG_FILE, Factors
+from .saving import merged_state, require_finite, write_state
+from .vllm import vllm_notes
+from .with_peft import as_parameters, with_peft
 
 if TYPE_CHECKING:
     from .chain import Chain
@@ -29,12 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class ExportedAdapter:
-    """Where an adapter was written, and what was lost. Stands for its path; `print` shows the rest."""
+    """Where an adapter was written, what it lost, what was compared. Stands for its path; `print` shows the rest."""
 
     path: Path
     rank: int  # the largest of its modules'
     errors: dict[str, float]  # module -> relative error of the update (Frobenius); 0 where it is exact
+    compared: list[str]  # with the live model, and what was not
+    obstacle: str | None  # what PEFT makes of it, if not what it is
     notes: list[str]  # for those who want to serve it
+
+    @property
+    def exact(self) -> bool:
+        return self.obstacle is None and not any(self.errors.values())
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -44,9 +48,28 @@ class ExportedAdapter:
         return f"ExportedAdapter({self.path}: {len(self.errors)} modules, rank {self.rank}, {loss})"
 
     def __str__(self) -> str:
-        exact = not any(self.errors.values())
-        loss = ["exact"] if exact else ["relative error of the update, by kind of module:", *error_table(self.errors)]
-        return "\n".join([f"{self.path}: rank {self.rank}, {loss[0]}", *loss[1:], *self.notes])
+        if any(self.errors.values()):
+            loss = ["relative error of the update, by kind of module:", *error_table(self.errors)]
+        else:
+            loss = ["exact" if self.exact else "but not for PEFT:"]
+        obstacle = [] if self.obstacle is None else [self.obstacle]
+        return "\n".join(
+            [f"{self.path}: rank {self.rank}, {loss[0]}", *loss[1:], *obstacle, *self.compared, *self.notes]
+        )
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """Where a merged checkpoint was written, and what was compared. Stands for its path; `print` shows the rest."""
+
+    path: Path
+    compared: list[str]
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.path), *self.compared])
 
 
 def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> ExportedAdapter:
@@ -74,21 +97,39 @@ def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> Expor
         for name, f in factors.items():
             factors[name], errors[name] = cut_to_rank(f, rank)
     with store.new_folder(folder) as part:
-        for name, data in peft_format.encode(factors, **chain.peft_fields(factors)).items():
-            with store.disk_errors(folder):
-                (part / name).write_bytes(data)
-    notes = [*peft_notes(chain.model, factors), *vllm_notes(factors)]
-    return ExportedAdapter(folder, max(f.rank for f in factors.values()), errors, notes)
+        files, notes = peft_format.encode(factors, **chain.peft_fields(factors)), []
+        _write(part, files)
+        compared = [compare.adapter(part, named, factors, chain.beside.values(), whole=rank is None)]
+        reading = with_peft(chain.model, part, factors)
+        if reading.lost:
+            _write(part, {CONFIG_FILE: as_parameters(files[CONFIG_FILE], reading.lost & factors.keys())})
+            again = with_peft(chain.model, part, factors)
+            if again.lost:
+                _write(part, files)
+            else:
+                reading = again
+                notes.append("its linears that PEFT takes for experts are target_parameters, known since PEFT 0.17")
+        compared += [] if reading.lost else [reading.sentence]
+        compared.append("not compared: logits, which need the base without the links")
+        notes += vllm_notes(chain.model, factors, store.read_json(part / CONFIG_FILE))
+    largest = max(f.rank for f in factors.values())
+    return ExportedAdapter(folder, largest, errors, compared, reading.sentence if reading.lost else None, notes)
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        with store.disk_errors(folder):
+            (folder / name).write_bytes(data)
 
 
 def concatenate(factors: list[Factors]) -> Factors:
     """One update equal to the sum of several."""
     a = torch.cat([f.a for f in factors])
-    b = torch.cat([f.b * f.scale for f in factors], dim=1)
+    b = torch.cat([f.scaled() for f in factors], dim=1)
     return Factors(a, b, alpha=float(a.shape[0]), magnitude=factors[-1].magnitude)
 
 
-def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Module | None = None) -> Path:
+def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Module | None = None) -> ExportedModel:
     """What is written is dense. Only modules of a still open link, of a ledger or of 4-bit weights are copied for it;
     the chain's model is not touched, `onto` is changed."""
     store.refuse_existing(folder)
@@ -101,31 +142,13 @@ def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Mo
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise UserError(f"tokenizer is {shown(tokenizer)}, but must be one of transformers, or None.")
     if onto is None:
-        _save_atomically(chain.model, folder, _merged_state(chain), tokenizer)
+        state = merged_state(chain.model, chain.base.merging)
+        compared = compare.layers(chain.layers, state)
     else:
         _fold_into(onto, chain)
-        _save_atomically(onto, folder, onto.state_dict(), tokenizer)
-    return folder
-
-
-def _merged_state(chain: Chain) -> dict[str, Tensor]:
-    """The model's state as it is now, every link in its weights, 4-bit weights dequantised."""
-    state: dict[str, Tensor] = chain.beside.settled(chain.model.state_dict())
-    state = {key: value for key, value in state.items() if key.rsplit(".", 1)[-1] not in PARTS}
-    for name, module in chain.model.named_modules():
-        if isinstance(module, nn.Linear) and is_nf4(module):
-            own: Any = module.weight
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.weight.")}
-            if name not in chain.layers:
-                state[f"{name}.weight"] = nf4_dequantize(own, own.quant_state.dtype)
-    factors = chain.live_factors()
-    for name, layer in chain.layers.items():
-        weight = layer.dense_weight().cpu()
-        if name in factors:
-            merge(weight := weight.clone(), factors[name], rounding=_rounding(chain))
-        _require_finite(weight, name)
-        state[f"{name}.weight"] = weight
-    return state
+        state = onto.state_dict()
+        compared = "not compared: the live layers, whose weights are others than those the links went onto"
+    return ExportedModel(folder, [compared, *_save_atomically(target, folder, state, tokenizer)])
 
 
 def _fold_into(model: nn.Module, chain: Chain) -> None:
@@ -148,50 +171,20 @@ def _fold_into(model: nn.Module, chain: Chain) -> None:
         for name, f in link.items():
             weight = modules[name].weight
             assert isinstance(weight, Tensor)
-            merge(weight.data, f, rounding=_rounding(chain))
-            _require_finite(weight, name)
+            merge(weight.data, f, rounding=chain.base.merging)
+            require_finite(weight, name)
 
 
-def _require_finite(weight: Tensor, name: str) -> None:
-    if not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
-        dtype = str(weight.dtype).removeprefix("torch.")
-        raise UserError(
-            f"The merged weight of {name} would hold numbers that {dtype} cannot: load the model in bf16 or fp32, or "
-            "use export_adapter."
-        )
-
-
-def _rounding(chain: Chain) -> str:
-    return "nearest" if chain.base.rounding == "nearest" else "stochastic"
-
-
-@contextmanager
-def _as_dense(model: Any) -> Iterator[None]:
-    """transformers refuses to save a quantised model's weights as anything else."""
-    kept = {key: vars(model)[key] for key in ("hf_quantizer", "is_quantized") if key in vars(model)}
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        yield
-        return
-    model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
-    try:
-        yield
-    finally:
-        model.config.quantization_config = config
-        vars(model).update(kept)
-
-
-def _save_atomically(model: Any, folder: Path, state: Mapping[str, Any], tokenizer: Any) -> None:
+def _save_atomically(model: Any, folder: Path, state: dict[str, Any], tokenizer: Any) -> list[str]:
     saving = "model"
     try:
         with store.new_folder(folder) as part:
-            with _as_dense(model), generation_settings(model, part):
-                forget_unpacking(model)
-                model.save_pretrained(part, state_dict=state)
+            write_state(model, part, dict(state))
+            compared = [compare.files(part, state), compare.reloaded(model, part)]
             if tokenizer is not None:
                 saving = "tokenizer"
                 tokenizer.save_pretrained(part)
+        return compared
     except UserError:
         raise
     except (OSError, SafetensorError) as error:

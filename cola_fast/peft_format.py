@@ -44,6 +44,10 @@ class Factors(NamedTuple):
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def scaled(self) -> Tensor:
+        """b with the scale in it, in fp32 at least: a trainer may have trained the factors in 16 bits."""
+        return self.b.to(torch.promote_types(self.b.dtype, torch.float32)) * self.scale
+
     def folded(self, *, drop: bool = False) -> Factors:
         """The same update without e, which goes into b.
 

@@ -148,7 +148,7 @@ def score_run(
             chain = load_chain(load_model(config.model), run)
             if chain.open_link is not None:
                 scores.add("with the open link", chain.model)
-            merged = chain.export_merged(Path(temporary) / "merged")
+            merged = chain.export_merged(Path(temporary) / "merged").path
             del chain
         gc.collect()
         exported = replace(config.model, name=str(merged), gguf_file=None, revision=None, load_in_4bit=False)
@@ -223,9 +223,9 @@ def export_run(
     if to == "adapter":
         return f"{links} links as one PEFT adapter: {chain.export_adapter(target, rank)}"
     original = load_model(replace(config.model, load_in_4bit=False)) if onto == "original" else None
-    chain.export_merged(target, load_tokenizer(config.model), onto=original)
+    exported = chain.export_merged(target, load_tokenizer(config.model), onto=original)
     base = ", its 4-bit weights dequantised" if in_4bit and original is None else ""
-    return f"{links} links merged into {config.model.name}{base}: {target}"
+    return f"{links} links merged into {config.model.name}{base}: {exported}"
 
 
 def describe(folder: str | Path) -> str:

@@ -16,6 +16,25 @@ from torch import Tensor, nn
 ROWS = "token_rows"  # the parameter of an embedding, or a head, that holds the trained rows
 
 
+@torch.no_grad()
+def settled(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of the model as a plain model's: trained values rounded to what the model computes with, rows in
+    their places."""
+    plain = dict(state)
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if isinstance(module, Wide):
+            for key in module.rounded():
+                if f"{prefix}{key}" in plain:
+                    plain[f"{prefix}{key}"] = plain[f"{prefix}{key}"].detach().to(module.narrow)
+        elif isinstance(module, WithRows):
+            rows, weight = plain.pop(f"{prefix}{ROWS}", None), plain.get(f"{prefix}weight")
+            if rows is not None and weight is not None:
+                ids = module.token_ids.to(weight.device)
+                plain[f"{prefix}weight"] = weight.detach().index_copy(0, ids, rows.detach().to(weight))
+    return plain
+
+
 class Changed:
     """A module whose class was exchanged for one that derives from it, see `become`."""
 

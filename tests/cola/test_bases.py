@@ -20,7 +20,6 @@ from cola_fast.config import ModelConfig
 from cola_fast.models import load_model
 from cola_fast.report import dry_run, export_run, score_run
 from cola_fast.trainer import train
-from cola_kernels import nf4_dequantize
 
 from ..conftest import disturb, tiny_llama
 from .three import separate, zero_grad
@@ -188,20 +187,6 @@ def test_the_best_link_is_that_of_the_evaluation(
     for name, layer in chain.layers.items():
         assert torch.equal(best.layers[name].weight, layer.weight)
     torch.testing.assert_close(logits(best.model, ids), logits(model, ids))
-
-
-def test_transformers_reads_what_a_model_with_a_chain_saves(load: Callable[..., nn.Module], tmp_path: Path) -> None:
-    """4-bit codes with the links in them, and what it takes to read them."""
-    from transformers import AutoModelForCausalLM
-
-    chain = attach(model := load(), r=4, targets="all-linear", base="nf4")
-    disturb(chain)
-    chain.tie()
-    model.save_pretrained(tmp_path)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for name, layer in chain.layers.items():
-        weight = saved.get_submodule(name).weight
-        assert torch.equal(nf4_dequantize(weight, torch.float32), nf4_dequantize(layer.weight, torch.float32))
 
 
 def repacking(model: nn.Module) -> nn.Module:

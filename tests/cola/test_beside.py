@@ -22,6 +22,7 @@ from cola_fast import UserError, attach, load_chain
 from cola_fast import train as train_run
 from cola_fast.config import load
 from cola_fast.report import describe, dry_run
+from cola_fast.swapped import settled
 
 from ..conftest import snapshot, tiny_llama
 
@@ -157,7 +158,7 @@ def test_only_the_rows_of_new_tokens_change() -> None:
         before = {k: v.clone() for k, v in made(what).state_dict().items()}
         chain = attached(what)
         train(chain, what)
-        after = chain.beside.settled(chain.model.state_dict())
+        after = settled(chain.model, chain.model.state_dict())
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             changed = (after[name] != before[name]).any(1).nonzero().flatten().tolist()
             assert changed == list(NEW)

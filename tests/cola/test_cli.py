@@ -91,7 +91,7 @@ def test_the_whole_way(config_file: Callable[..., str], tmp_path: Path, cola: Co
     assert rows[3]["loss"] < rows[0]["loss"]
 
     for to, file in (("adapter", "adapter_model.safetensors"), ("merged", "model.safetensors")):
-        cola("export", str(run), "--to", to)
+        assert "\ncompared: " in cola("export", str(run), "--to", to).stdout
         assert (run / "export" / to / file).exists()
     assert (run / "export" / "merged" / "tokenizer.json").exists()
     before = snapshot(run)

@@ -160,24 +160,6 @@ def test_peft_loads_what_does_not_generate(tmp_path: Path, ids: Tensor) -> None:
         torch.testing.assert_close(loaded(ids)[0], model(ids)[0])
 
 
-def test_what_peft_takes_for_experts_is_named(tmp_path: Path) -> None:
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    config = DeepseekV3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-        first_k_dense_replace=1,
-    )  # fmt: skip
-    model = DeepseekV3ForCausalLM(config)
-    chain = attach(model, targets="all-linear", r=4)
-    warning = "PEFT may take down_proj, gate_proj, up_proj for this model's fused experts"
-    assert warning in str(chain.export_adapter(tmp_path / "all"))
-    chain.detach()
-    attention = attach(model, targets=["o_proj"], r=4).export_adapter(tmp_path / "attention")
-    assert "experts" not in str(attention)
-
-
 def test_a_name_that_ends_another(tmp_path: Path) -> None:
     """PEFT applies a pattern to every module whose name ends with it."""
     from peft import PeftModel

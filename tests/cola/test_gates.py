@@ -115,7 +115,7 @@ def test_one_dora_link_is_an_adapter_of_peft(tied: bool, ids: Tensor, tmp_path: 
         chain.save(tmp_path / "run")
         chain.tie()
     written = chain.export_adapter(tmp_path / "adapter")
-    assert "vLLM loads no DoRA" in str(written)
+    assert "vLLM loads no adapter with use_dora" in str(written)
     for folder in [tmp_path / "adapter", *([tmp_path / "run/links/000"] if tied else [])]:
         assert json.loads((folder / "adapter_config.json").read_text())["use_dora"] is True
         assert relative(logits(PeftModel.from_pretrained(tiny_llama(), folder), ids), live) < 1e-5
