@@ -378,3 +378,15 @@ def test_it_is_counted_and_shown(config_file: Callable[..., str], tmp_path: Path
     chain = load_chain(tiny_llama(), tmp_path / "run")
     assert "beside   model.norm, rows of 2 tokens: 160 trained whole" in repr(chain)
     assert "norm" not in repr(chain).split("beside")[0].replace("layernorm", "")
+
+
+@every
+def test_other_people_s_saves_hold_it(what: str, tmp_path: Path) -> None:
+    chain = attached(what)
+    train(chain, what)
+    live = logits(chain.model, what)
+    chain.model.save_pretrained(tmp_path / "saved")
+    dtype = torch.bfloat16 if what in HALF else torch.float32
+    read = type(made(what)).from_pretrained(tmp_path / "saved", dtype=dtype).eval()  # type: ignore[attr-defined]
+    difference = float((logits(read, what) - live).norm() / live.norm())
+    assert difference < (0.02 if what in HALF else 1e-5)
