@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,17 @@ def test_what_was_not_compared_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "compared: logits" in text
     text = str(attach(tiny_llama()).export_adapter(tmp_path / "adapter"))
     assert "not compared: logits, which need the base without the links" in text
+
+
+def test_peft_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tiny_llama()
+    chain = trained(model)
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    locked = chain.export_adapter(tmp_path / "locked")
+    assert "not compared: how PEFT 0." in str(locked)
+    assert "reads it (the model cannot be copied: " in str(locked)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "not compared: how PEFT reads it (peft is not installed)" in str(chain.export_adapter(tmp_path / "absent"))
 
 
 def test_an_encoder_and_decoder(tmp_path: Path) -> None:
