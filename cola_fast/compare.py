@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from cola_kernels import nf4_dequantize
+
 from . import peft_format, store
 from .errors import UserError, reason
 from .grouping import Grouping
@@ -68,6 +70,24 @@ def adapter(
     )
 
 
+@plainly
+@torch.no_grad()
+def on_live_base(live_layers: Mapping[str, LoRALinear], written: Mapping[str, Factors]) -> str:
+    """Compare live layers with their own weights and the written updates. For chains that leave the weights alone."""
+    largest = 0.0
+    for name, f in written.items():
+        layer = live_layers[name]
+        x = _rows(name, layer.in_features).to(layer.weight.device, layer.compute_dtype)
+        weight = nf4_dequantize(layer.weight, x.dtype) if is_nf4(layer) else layer.weight
+        live, base = _outputs(layer, x).cpu().double(), F.linear(x, weight, layer.bias).cpu().double()
+        update = _update(f, x.cpu().double())
+        limit = LAYERS[min(4, layer.compute_dtype.itemsize)]
+        what = f"the layer {name} with the written update"
+        size = base.abs() + update.abs()
+        largest = max(largest, _require_close(base + update, live, limit, what, size=size))
+    return f"compared: the live layers, with their base and these updates on {ROWS} random rows (largest {largest:.0e})"
+
+
 def _update(f: Factors, x: Tensor) -> Tensor:
     """`[ROWS, N]` in fp64."""
     return f.scale * (x @ f.a.to(x).t()) @ f.b.to(x).t()
@@ -90,12 +110,7 @@ def layers(live_layers: Mapping[str, LoRALinear], state: Mapping[str, Tensor]) -
         if weight is None or weight.data_ptr() == layer.weight.data_ptr():  # the live weight itself
             continue
         x = _rows(name, layer.in_features).to(layer.weight.device, layer.compute_dtype)
-        grouping, layer.grouping = layer.grouping, Grouping()  # what has been learned of calls is not to change
-        try:
-            with evaluating(layer):
-                live = layer(x)
-        finally:
-            layer.grouping = grouping
+        live = _outputs(layer, x)
         if not bool(live.isfinite().all()):
             broken += 1
             continue
@@ -111,6 +126,16 @@ def layers(live_layers: Mapping[str, LoRALinear], state: Mapping[str, Tensor]) -
     if not count:
         return f"compared: nothing had to be merged, the weights are the live ones{left}"
     return f"compared: {count} merged weights with the live layers on {ROWS} random rows (largest {largest:.0e}){left}"
+
+
+def _outputs(layer: LoRALinear, x: Tensor) -> Tensor:
+    grouping, layer.grouping = layer.grouping, Grouping()  # what has been learned of calls is not to change
+    try:
+        with evaluating(layer):
+            y: Tensor = layer(x)
+            return y
+    finally:
+        layer.grouping = grouping
 
 
 def files(folder: Path, state: Mapping[str, Tensor]) -> str:

@@ -18,6 +18,7 @@ from .errors import UserError, reason, shown
 from .methods import wanted_by
 from .peft_format import CONFIG_FILE, Factors
 from .saving import merged_state, require_finite, write_state
+from .sharding import is_sharded
 from .vllm import vllm_notes
 from .with_peft import as_parameters, with_peft
 
@@ -100,6 +101,8 @@ def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> Expor
         files, notes = peft_format.encode(factors, **chain.peft_fields(factors)), []
         _write(part, files)
         compared = [compare.adapter(part, named, factors, chain.beside.values(), whole=rank is None)]
+        if rank is None and _base_is_untouched(chain, factors):
+            compared.append(compare.on_live_base(chain.layers, factors))
         reading = with_peft(chain.model, part, factors)
         if reading.lost:
             _write(part, {CONFIG_FILE: as_parameters(files[CONFIG_FILE], reading.lost & factors.keys())})
@@ -114,6 +117,15 @@ def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> Expor
         notes += vllm_notes(chain.model, factors, store.read_json(part / CONFIG_FILE))
     largest = max(f.rank for f in factors.values())
     return ExportedAdapter(folder, largest, errors, compared, reading.sentence if reading.lost else None, notes)
+
+
+def _base_is_untouched(chain: Chain, factors: Mapping[str, Factors]) -> bool:
+    """Whether the layers' weights are still the base's, and the update is added to them."""
+    if any(f.magnitude is not None for f in factors.values()) or any(
+        is_sharded(la.weight) for la in chain.layers.values()
+    ):
+        return False
+    return chain.base.kind == "ledger" or not (chain.links or (chain.open_link is not None and chain.open_link.starts))
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,30 @@ def test_a_merged_export_is_loaded_again(kind: str, load_nf4: Callable[..., nn.M
     assert "not compared" not in text
 
 
+@pytest.mark.parametrize("kind", ["ledger", "dense-ledger", "pissa-ledger", "one-open-link", "dense", "pissa"])
+def test_an_adapter_is_compared_with_live_layers_on_an_untouched_base(
+    kind: str, load_nf4: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model = load_nf4() if kind == "ledger" else tiny_llama()
+    keys: dict[str, Any] = {"base": "ledger"} if "ledger" in kind else {}
+    keys |= {"init": "pissa"} if "pissa" in kind else {}
+    if kind in ("one-open-link", "pissa"):
+        disturb(chain := attach(model, r=2, **keys))
+    else:
+        chain = trained(model, **keys)
+    text = str(chain.export_adapter(tmp_path / "adapter"))
+    assert ("compared: the live layers, with their base" in text) == (kind not in ("dense", "pissa"))
+
+
+def test_a_ledger_that_forgot_a_link(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chain = trained(tiny_llama(), base="ledger")
+    layer = chain.layers["model.layers.0.self_attn.v_proj"]
+    monkeypatch.setattr(layer, "ledger_B", torch.zeros_like(layer.ledger_B))
+    with pytest.raises(UserError, match=r"the layer model.layers.0.self_attn.v_proj with the written update differs"):
+        chain.export_adapter(tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_was_not_compared_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compare, "SMALL", 0)
     assert "not compared: logits, as the model is larger" in str(trained(tiny_llama()).export_merged(tmp_path / "big"))
@@ -128,6 +153,17 @@ def test_what_was_not_compared_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "compared: logits" in text
     text = str(attach(tiny_llama()).export_adapter(tmp_path / "adapter"))
     assert "not compared: logits, which need the base without the links" in text
+
+
+def test_peft_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tiny_llama()
+    chain = trained(model)
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    locked = chain.export_adapter(tmp_path / "locked")
+    assert "not compared: how PEFT 0." in str(locked)
+    assert "reads it (the model cannot be copied: " in str(locked)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "not compared: how PEFT reads it (peft is not installed)" in str(chain.export_adapter(tmp_path / "absent"))
 
 
 def test_an_encoder_and_decoder(tmp_path: Path) -> None:
