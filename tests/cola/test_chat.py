@@ -104,6 +104,7 @@ def test_a_special_token_that_takes_white_space_with_it(write: Any) -> None:
 
 def test_marks_that_decide_what_is_written_are_refused(tokenizer: Any, write: Any, monkeypatch: Any) -> None:
     template = "{% set said %}{% generation %}a{% endgeneration %}{% endset %}{{ said }}{{ said | length }}"
+    template += "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(UserError, match=r"Row 1 of .* it writes another text where its \{% generation %\} marks"):
         load(tokenizer, write([{"messages": TALK}]))
