@@ -91,7 +91,10 @@ _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"\\]*"|'[^'\\]*')\s
 @functools.lru_cache(4)
 def _dated(template: str, date: datetime) -> str:
     """The template, with that date where it asks transformers for the present one."""
-    dated = _NOW.sub(lambda call: json.dumps(date.strftime(call[1][1:-1])), template)
+    try:
+        dated = _NOW.sub(lambda call: json.dumps(date.strftime(call[1][1:-1])), template)
+    except ValueError as error:  # of a format
+        raise _Refused(reason(error)) from None
     if any(word == "strftime_now" and after != "is" for word, after in itertools.pairwise([*_words(dated), ""])):
         raise _Refused("it asks for the date by other means than strftime_now('FORMAT'), so that it cannot be told it")
     return dated
