@@ -20,6 +20,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -42,9 +43,8 @@ def message_rows(source: str, chats: list[Chat], tokenizer: Any, *, enough: int,
             read = [chat.messages, chat.keys, sorted(chat.silent)]
             try:
                 template = _dated(_template(tokenizer, chat.keys.get("tools")), date)
-                chat = _as_wanted(chat, template)
                 keys = {**chat.keys, "chat_template": template}
-                whole = _render(tokenizer, chat.messages, keys)
+                chat, whole = _written(chat, tokenizer, keys)
                 marked = _with_marks(template)
                 if marked == template:
                     pieces = _turns(whole, chat, tokenizer, keys)
@@ -91,7 +91,10 @@ _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"\\]*"|'[^'\\]*')\s
 @functools.lru_cache(4)
 def _dated(template: str, date: datetime) -> str:
     """The template, with that date where it asks transformers for the present one."""
-    dated = _NOW.sub(lambda call: json.dumps(date.strftime(call[1][1:-1])), template)
+    try:
+        dated = _NOW.sub(lambda call: json.dumps(date.strftime(call[1][1:-1])), template)
+    except ValueError as error:  # of a format
+        raise _Refused(reason(error)) from None
     if any(word == "strftime_now" and after != "is" for word, after in itertools.pairwise([*_words(dated), ""])):
         raise _Refused("it asks for the date by other means than strftime_now('FORMAT'), so that it cannot be told it")
     return dated
@@ -123,20 +126,37 @@ def _render(tokenizer: Any, chat: list[dict[str, Any]], keys: dict[str, Any], *,
     return text
 
 
-# Arguments of a call, or all of it, written as JSON without asking whether they are JSON already.
-_WRITES_JSON = re.compile(r"(?:arg|function|call)\w{0,20}['\"\])]{0,4}\s{0,9}\|\s{0,9}tojson")
-_ASKS = re.compile(r"arg\w{0,20}['\"\])]{0,4}\s{1,9}is\s")
-
-
-def _as_wanted(chat: Chat, template: str) -> Chat:
-    """Refuses calls that the template would not write. OpenAI's arguments are JSON text, which most templates would
-    write as a string in JSON: those get the object."""
+def _written(chat: Chat, tokenizer: Any, keys: dict[str, Any]) -> tuple[Chat, str]:
+    """The conversation as the template wants it, and what it writes of it. Refuses what would be lost in silence."""
     for key in ("tool_calls", "function_call"):
-        if key not in template and any(message.get(key) for message in chat.messages):
+        if key not in keys["chat_template"] and any(message.get(key) for message in chat.messages):
             raise _Refused(f"it writes no {key}, so that they cannot be learned")
-    if not _WRITES_JSON.search(template) or _ASKS.search(template):
-        return chat
-    return replace(chat, messages=[with_objects(message) for message in chat.messages])
+    objects = [with_objects(message) for message in chat.messages]
+    if objects == chat.messages:
+        whole = _render(tokenizer, chat.messages, keys)
+    else:
+        chat, whole = _with_arguments(chat, replace(chat, messages=objects), tokenizer, keys)
+    said = [m["content"] for m in chat.messages if m["role"] == "assistant" and not m.get("tool_calls")]
+    words = [word for text in said for word in text.split(None, 100)[:100] if len(word) > 2]
+    if words and not any(word in whole for word in words):  # of one that wants content in parts, say
+        raise _Refused("it writes nothing of what the assistant says")
+    return chat, whole
+
+
+def _with_arguments(texts: Chat, objects: Chat, tokenizer: Any, keys: dict[str, Any]) -> tuple[Chat, str]:
+    """Arguments of calls are JSON text in OpenAI's format, and objects in transformers'. Objects, unless the template
+    cannot take them, or writes them as Python does."""
+    try:
+        whole = _render(tokenizer, objects.messages, keys)
+    except _Refused:
+        with suppress(_Refused):
+            return texts, _render(tokenizer, texts.messages, keys)
+        raise
+    with suppress(_Refused):
+        other = _render(tokenizer, texts.messages, keys)
+        if whole.count("{'") > other.count("{'"):
+            return texts, other
+    return objects, whole
 
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters of any text

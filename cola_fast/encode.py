@@ -79,12 +79,14 @@ class Encoder:
     def _join(self, row: Row, tokens: Iterator[list[int]]) -> Example:
         ids: list[int] = []
         loss: list[bool] = []
+        joint: list[int] = []  # the tokens of the text so far, in one
         prompt_length = 0
         for text, learn in row.pieces:
-            added = self._added(ids, next(tokens), text)
+            before, joint = joint, next(tokens)
+            added = self._added(before, joint, text)
             ids, loss = ids + added, loss + [learn] * len(added)
             prompt_length = prompt_length if learn else len(ids)
-        candidates = tuple(tuple(self._added(ids, next(tokens), choice)) for choice in row.choices)
+        candidates = tuple(tuple(self._added(joint, next(tokens), choice)) for choice in row.choices)
         if candidates:
             if candidates != self.distinct and _clash(candidates):
                 raise UserError(
@@ -105,8 +107,9 @@ class Encoder:
         return Example(ids, labels, prompt_length, candidates, row.answer)
 
     def _added(self, before: list[int], joint: list[int], text: str) -> list[int]:
-        """The tokens of `text` after `before`, where `joint` are those of the whole; see the module's docstring."""
-        if joint[: len(before)] == before:
+        """The tokens of `text`, where `before` are those of the text in front of it, and `joint` those of both; see the
+        module's docstring."""
+        if joint[: len(before)] == before and (len(joint) > len(before) or not text.strip()):
             return joint[len(before) :]
         self.swallowed += 1
         return self._tokens([text])[0]

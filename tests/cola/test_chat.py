@@ -102,8 +102,26 @@ def test_a_special_token_that_takes_white_space_with_it(write: Any) -> None:
     assert example.labels[-1] == example.input_ids[-1]
 
 
+def test_a_border_that_is_lost_in_a_token_is_the_only_one_to_be_tokenised_apart(
+    tokenizer: Any, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{% for m in messages %}" + TURN.replace("</s>", "") + "{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "it was "}, {"role": "assistant", "content": "great"}]
+    more = [{"role": "user", "content": " it was"}, {"role": "assistant", "content": " warm"}]
+    data = load(tokenizer, write([{"messages": talk + more}]))
+    parts = ["it was ", "great", " it was", " warm"]
+    assert only(data).input_ids == [
+        token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]
+    ]
+    assert spoken(tokenizer, only(data)) == "great warm"
+    assert "1 pieces tokenised apart" in data.notes[0]
+
+
 def test_marks_that_decide_what_is_written_are_refused(tokenizer: Any, write: Any, monkeypatch: Any) -> None:
     template = "{% set said %}{% generation %}a{% endgeneration %}{% endset %}{{ said }}{{ said | length }}"
+    template += "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(UserError, match=r"Row 1 of .* it writes another text where its \{% generation %\} marks"):
         load(tokenizer, write([{"messages": TALK}]))

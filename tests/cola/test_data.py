@@ -24,9 +24,7 @@ MARKED = (
     "{% generation %}{{ m['content'] }}</s>{% endgeneration %}{% else %}{{ m['content'] }}</s>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-UNSTABLE = (
-    "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}|{% endif %}{% endfor %}"
-)
+UNSTABLE = "{% for m in messages %}{{ m['content'] }}{{ '!' if loop.last else '|' }}{% endfor %}"
 LINES = ["the film was great and it was warm", "the film was terrible, it was long", "what is this? it is a film."]
 
 

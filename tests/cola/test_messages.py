@@ -81,7 +81,8 @@ def test_calls_that_the_template_does_not_write_are_refused(tokenizer: Any, writ
 
 
 BY_ITSELF = (
-    "{{ call.function.name }}({% if call.function.arguments is string %}{{ call.function.arguments }}{% endif %})"
+    "f({% if call.function.arguments is string %}{{ call.function.arguments }}{% else %}"
+    "{{ call.function.arguments | tojson }}{% endif %})"
 )
 
 
@@ -91,13 +92,15 @@ BY_ITSELF = (
         ("{{ call.function | tojson }}", '{"name": "f", "arguments": {"x": null}}'),
         ("{{ call.function['arguments'] | tojson }}", '{"x": null}'),
         ("{{ call['function']['name'] + call['function']['arguments'] }}", 'f{"x": null}'),
+        ("{{ call.function.arguments }}", '{"x": null}'),
+        ("{% for name, value in call.function.arguments | items %}{{ name }}={{ value }}{% endfor %}", "x=None"),
         (BY_ITSELF, 'f({"x": null})'),
     ],
 )
 def test_arguments_that_are_json_text(
     tokenizer: Any, write: Any, written: str, expected: str, monkeypatch: Any
 ) -> None:
-    """As OpenAI has them: the template gets an object if it would write the text as a string in JSON."""
+    """As OpenAI has them. transformers' templates get objects: most would write text as a string in JSON."""
     monkeypatch.setattr(tokenizer, "chat_template", CALLS.replace("{{ call.function | tojson }}", written))
     calls = [{"type": "function", "function": {"name": "f", "arguments": '{"x": null}'}}]
     talk = [ASK, {"role": "assistant", "content": None, "tool_calls": calls}]
@@ -119,6 +122,14 @@ def test_arguments_that_are_no_json_text_of_an_object_stay(
 def test_odd_calls_are_the_templates_to_refuse(calls: Any) -> None:
     message = {"role": "assistant", "tool_calls": calls}
     assert with_objects(message) == message
+
+
+def test_text_that_the_template_loses_is_refused(tokenizer: Any, write: Any, monkeypatch: Any) -> None:
+    """As SmolVLM's does, which wants content in parts."""
+    parts = "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT.replace("{{ m['content'] }}", parts))
+    with pytest.raises(UserError, match=r"Row 1 of .* refuses it: it writes nothing of what the assistant says"):
+        load(tokenizer, write([{"messages": [ASK, {"role": "assistant", "content": "a film"}]}]))
 
 
 # --- content in parts -------------------------------------------------------------------------------------------------

@@ -203,6 +203,7 @@ def test_a_template_is_told_the_date(
     [
         ("{% set now = strftime_now %}{{ now('%Y') }}", "it asks for the date by other means"),
         ("{% set form = '%Y' %}{{ strftime_now(form) }}", "it asks for the date by other means"),
+        ("{{ strftime_now('\ud800') }}", "the chat template refuses it: .*surrogates not allowed"),
         ("{{ lipsum(n=1) }}", "chat template writes random text"),
         ("{{ [1, 2, 3] | random }}", "chat template writes random text"),
     ],
