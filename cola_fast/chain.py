@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from . import knot, store, world
+from . import knot, peers, store, world
 from .bases import Base
 from .beside import Beside
 from .calibration import Batches, as_batches, look
 from .coverage import coverage
-from .errors import UserError, shown
+from .errors import UserError, note, shown
 from .grouping import Grouping
 from .layer import PARTS, allow_repacking, forbid_repacking, wrap_all
 from .link import SealedLink, derive_seed, spread, summarise
@@ -127,6 +127,11 @@ class Chain:
         factors = world.lead(lambda: first)
         opened = self.open_with(factors, starts_of(settings, factors))
         self.settings, self.batches = settings, looked_at
+        if index > 0 and peers.count() > 1:
+            note(
+                "What shares gradients (DistributedDataParallel, accelerator.prepare) does not know the new link: wrap "
+                "chain.model again after every extend()."
+            )
         return opened
 
     def ranks(self, r: int | None = None) -> dict[str, int]:
@@ -230,6 +235,8 @@ class Chain:
 
         If the chain has a folder, the link is on disk before the weights change. If sealing fails (NaN, disk full),
         nothing has happened: the link is still open.
+
+        In several processes of one's own loop all have to call it; a link that is not the same everywhere is refused.
         """
         if self.open_link is None:
             raise UserError("There is no open link to tie: call extend() first.")
@@ -237,6 +244,7 @@ class Chain:
         self._require_folded()
         self.require_all_kept()
         index, difference = self.open_link.index, bool(self.open_link.starts)
+        knot.require_same_everywhere(self)
         with world.together():
             knot.require_room(self)
 
@@ -254,18 +262,19 @@ class Chain:
 
         def keep() -> SealedLink:
             link = seal()
-            if self.folder is not None:
+            if self.folder is not None and peers.rank() == 0:
                 link.write(self.folder / folder_name(link.index))
                 self._write_record(self.folder, [*self.links, link])
             return link
 
-        link = world.lead(keep)
+        with peers.together("tie()"):
+            link = world.lead(keep)
         self.links.append(link)
         self.open_link = None
         for layer in self.layers.values():
             layer.close()
         self._fold(link, live=True)
-        if (folder := self.folder) is not None:
+        if (folder := self.folder) is not None and peers.rank() == 0:
             with suppress(UserError):  # the link is tied; what its fold kept is written with the next save
                 world.lead(lambda: self._write_record(folder, self.links))
         return link
@@ -326,6 +335,7 @@ class Chain:
         self.require_all_kept()
         if extra is not None and not isinstance(extra, Mapping):
             raise UserError(f"extra is {shown(extra)}, but must be a mapping of names to tensors and plain values.")
+        peers.require_writer(folder)
         folder = store.given_path(folder).absolute()  # later ties go there, wherever the process has moved to
         world.lead(lambda: self._write(folder, extra))
         self.folder = folder  # on every rank

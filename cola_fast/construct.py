@@ -169,7 +169,7 @@ def _bare(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise UserError(
             f"model is wrapped in {type(model).__name__}, which does not know of parameters that come later: give the "
-            "model inside (model.module), and wrap it after that."
+            "model inside (model.module), and wrap it after that, and again after every extend()."
         )
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner

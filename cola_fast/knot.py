@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
+from . import peers
 from .errors import UserError
 from .opening import moves
 from .peft_format import Factors
@@ -41,6 +43,28 @@ def warn_of_idle(chain: Chain) -> None:
             f"{len(idle)} of the {len(live)} modules of link {index} had no gradient, such as {idle[0]}: its forward "
             "was never called, or nothing of it reached the loss.",
             stacklevel=3,
+        )
+
+
+def require_same_everywhere(chain: Chain) -> None:
+    """Refuses a link that is not the same in all processes of somebody's own loop."""
+    if peers.count() == 1:
+        return
+    assert chain.open_link is not None
+    digest = hashlib.sha256(repr((chain.open_link.index, chain.settings, chain.identity["fingerprint"])).encode())
+    for factors in (chain.live_factors(), chain.open_link.starts):
+        for name, f in factors.items():
+            digest.update(f"{name} {f.alpha}".encode())
+            for part in (part for part in f if isinstance(part, torch.Tensor)):
+                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    found = peers.exchange(digest.hexdigest(), "tie()")
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"Process {other} has trained another link {chain.open_link.index} than process 0, and nothing was tied: "
+            "their gradients were not shared. DistributedDataParallel and accelerator.prepare know the parameters that "
+            "there were when they wrapped the model: wrap chain.model again after every extend(), and attach with the "
+            "same arguments everywhere."
         )
 
 
