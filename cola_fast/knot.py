@@ -57,6 +57,8 @@ def require_same_everywhere(chain: Chain) -> None:
             digest.update(f"{name} {f.alpha}".encode())
             for part in (part for part in f if isinstance(part, torch.Tensor)):
                 digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, value in chain.beside.values().items():
+        digest.update(name.encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     found = peers.exchange(digest.hexdigest(), "tie()")
     other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
     if other is not None:
