@@ -17,7 +17,7 @@ from .bases import merge
 from .errors import UserError, reason, shown
 from .methods import wanted_by
 from .peft_format import CONFIG_FILE, Factors
-from .saving import merged_state, require_finite, write_state
+from .saving import merged_state, write_state
 from .sharding import is_sharded
 from .vllm import vllm_notes
 from .with_peft import as_parameters, with_peft
@@ -155,6 +155,8 @@ def export_merged(chain: Chain, folder: Path, tokenizer: Any = None, onto: nn.Mo
         raise UserError(f"tokenizer is {shown(tokenizer)}, but must be one of transformers, or None.")
     if onto is None:
         state = merged_state(chain.model, chain.base.merging)
+        for name in chain.layers:
+            _require_finite(state[f"{name}.weight"], name)
         compared = compare.layers(chain.layers, state)
     else:
         _fold_into(onto, chain)
@@ -184,7 +186,16 @@ def _fold_into(model: nn.Module, chain: Chain) -> None:
             weight = modules[name].weight
             assert isinstance(weight, Tensor)
             merge(weight.data, f, rounding=chain.base.merging)
-            require_finite(weight, name)
+            _require_finite(weight, name)
+
+
+def _require_finite(weight: Tensor, name: str) -> None:
+    if not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise UserError(
+            f"The merged weight of {name} would hold numbers that {dtype} cannot: load the model in bf16 or fp32, or "
+            "use export_adapter."
+        )
 
 
 def _save_atomically(model: Any, folder: Path, state: dict[str, Any], tokenizer: Any) -> list[str]:

@@ -95,7 +95,7 @@ def test_the_same_links(
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
     chains = []
-    monkeypatch.setattr(liger, "obstacle", lambda _: None)
+    monkeypatch.setattr(liger, "obstacle", lambda *_: None)
     for fused in (False, True):
         heads.clear()
         raw_config["train"] |= {"use_liger": fused}
