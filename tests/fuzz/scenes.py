@@ -294,9 +294,20 @@ ROWS: list[dict[str, Any]] = [
     {"text": "w1 w2 it was good", "label": 1},
     {"prompt": "w1 w2", "completion": " good"},
     {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "good w2"}]},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "w1"}], "weight": 0},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "w2", "arguments": '{"w3": null}'}}]},
+            {"role": "assistant", "content": "good", "train": True},
+        ],
+        "tools": [{"name": "w2"}],
+        "chat_template_kwargs": {"w4": 1},
+    },
 ]
 TEMPLATES = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}",
+    "{{ strftime_now('w%d') }} {{ w4 }} {% for m in messages %}{% generation %}{{ m.content }} "
+    "{{ m.tool_calls | tojson if m.tool_calls }}{% endgeneration %} {% endfor %}",
     "{% for m in messages %}{% for n in messages %}{{ n.content }}{% endfor %}{% endfor %}",
     "{{ 1 / 0 }}",
     "{% for i in range(10**9) %}x{% endfor %}",
