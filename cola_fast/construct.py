@@ -74,6 +74,7 @@ def attach(
     modules, left_out = select(model, targets)
     shapes = {n: (m.out_features, m.in_features) for n, m in modules.items()}
     lower = settings.lowered(shapes, first_rank)
+    experts = coverage(model, modules).note() if capped else None
     settings = replace(settings, alpha=float(alpha), rank_pattern=dict(rank_pattern) if rank_pattern else None)
     kind = choose_base(base, rounding, modules.values())
     chain = Chain(model, modules, kind, settings, base_identity(model))
@@ -82,7 +83,6 @@ def attach(
     except BaseException:
         chain.detach(discard=True)
         raise
-    experts = coverage(model, modules).note() if capped else None
     for sentence in filter(None, (left_out, lower, experts)):
         note(sentence)
     return chain
