@@ -83,6 +83,7 @@ def attach(
     require_apart(beside, modules)
     shapes = {n: (m.out_features, m.in_features) for n, m in modules.items()}
     lower = settings.lowered(shapes, first_rank)
+    experts = coverage(model, modules).note() if capped else None
     settings = replace(settings, alpha=float(alpha), rank_pattern=dict(rank_pattern) if rank_pattern else None)
     kind = choose_base(base, rounding, modules.values())
     chain = Chain(model, modules, kind, settings, base_identity(model, beside), beside)
@@ -92,7 +93,6 @@ def attach(
     except BaseException:
         chain.detach(discard=True)
         raise
-    experts = coverage(model, modules).note() if capped else None
     for sentence in filter(None, (left_out, lower, experts, beside.forgotten(modules))):
         note(sentence)
     return chain

@@ -72,4 +72,5 @@ def _size(parameter: Tensor) -> int:
 def _kind(name: str) -> str:
     """`experts.gate_up_proj` of `model.layers.3.mlp.experts.gate_up_proj`; `embed_tokens` of its weight."""
     parts = [part for part in re.sub(r"\.(weight|bias)$", "", name).split(".") if not part.isdigit()]
+    parts = parts or [name]  # of a Sequential
     return ".".join(parts[-2:]) if "expert" in name else parts[-1]

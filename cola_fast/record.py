@@ -91,6 +91,8 @@ def _faults(record: Mapping[str, Any]) -> Iterator[str]:
     for key in ("alpha", "dropout", "share", "carry"):
         if not _is_number(record.get(key, 0.0)):
             yield f"{key} is no number"
+    if not isinstance(record.get("about") or {}, dict):
+        yield "about is no mapping"
     beside = record.get("beside")
     if beside is not None and not _is_beside(beside):
         yield "beside does not name modules, tokens and the hash of their start"

@@ -43,6 +43,13 @@ def test_experts_without_links_are_told_of(name: str) -> None:
     assert "left out: experts.gate_up_proj " in repr(chain)
 
 
+def test_a_model_whose_parts_have_no_names() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))
+    chain, notes = attached(model, r=2)
+    assert notes == []
+    assert "modules  2, 80.0% of the model's weights; left out: 0.bias 5.0%" in repr(chain)
+
+
 def test_of_4_bit_weights_numbers_are_counted(load_nf4: Callable[..., nn.Module]) -> None:
     chain = attach(load_nf4(), r=2)
     dense = attach(tiny_llama(hidden_size=64, intermediate_size=128, attention_bias=True), r=2)
