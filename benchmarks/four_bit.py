@@ -22,14 +22,15 @@ import torch
 from torch import nn
 
 from cola_fast import load_chain
-from cola_fast.batches import Batch, batch_loss
+from cola_fast.batches import Batch
 from cola_fast.chain import Chain
 from cola_fast.config import Config
 from cola_fast.data import Data, load_data
 from cola_fast.demo import demo_config
 from cola_fast.evaluate import evaluate
 from cola_fast.layer import forbid_repacking
-from cola_fast.models import context_length, load_model, load_tokenizer, needed_logits
+from cola_fast.logits import batch_loss, needed_logits
+from cola_fast.models import context_length, load_model, load_tokenizer
 from cola_fast.prepare import prepare
 from cola_fast.trainer import train
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
-from cola_fast.report import plan_run
+from cola_fast.plan import plan_run
 
 from . import harness, legs
 from .charts import Bar, Chart

@@ -27,10 +27,10 @@ from torch import nn
 
 from cola_fast import plot as curves
 from cola_fast import prepare, trainer
-from cola_fast.batches import Batch, Feed, batch_loss
+from cola_fast.batches import Batch, Feed
 from cola_fast.chain import Chain
 from cola_fast.config import Config
-from cola_fast.models import needed_logits
+from cola_fast.logits import batch_loss, needed_logits
 
 from . import harness
 from .charts import Bar, Chart

@@ -19,8 +19,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from cola_fast import attach, models
-from cola_fast.batches import Batch, Feed, batch_loss
+from cola_fast.batches import Batch, Feed
 from cola_fast.data import load_data
+from cola_fast.logits import batch_loss, needed_logits
 
 from . import harness
 from .charts import Bar, Chart
@@ -114,7 +115,7 @@ def _steps(workload: Workload) -> Iterator[None]:
 
 def _step(model: nn.Module, optimizer: Any, parameters: list[nn.Parameter], batch: Batch) -> None:
     with record_function("step: forward"):
-        loss = batch_loss(models.needed_logits(model, batch), batch)[0] / batch.labelled
+        loss = batch_loss(needed_logits(model, batch), batch)[0] / batch.labelled
     with record_function("step: backward"):
         loss.backward()
     with record_function("step: optimizer"):

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from cola_fast import assets
-from cola_fast.batches import batch_loss, candidate_scores, choice_batches, collate
+from cola_fast.batches import choice_batches, collate
 from cola_fast.data import load_data
 from cola_fast.demo import demo_config
 from cola_fast.encode import IGNORE
-from cola_fast.models import load_model, load_tokenizer, native_bf16, needed_logits
+from cola_fast.logits import batch_loss, candidate_scores, needed_logits
+from cola_fast.models import load_model, load_tokenizer, native_bf16
 
 from . import harness
 from .quality_arms import Problem

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from . import patterns, store
 from .errors import WORD, UserError, cut, near, shown, told
+from .factors import Factors
 from .knot import refuse_overflow
 from .layer import factor_dtype
 from .link import SealedLink
 from .opening import moves
-from .peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE, Factors
+from .peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 
 if TYPE_CHECKING:
     from .chain import Chain

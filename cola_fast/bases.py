@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from cola_kernels import FoldReport, merge_, nf4_merge_
 
 from .errors import UserError
+from .factors import Factors
 from .gates import output_gate, row_squares
 from .layer import LoRALinear, is_nf4
-from .peft_format import Factors
 from .sharding import over_all, own_rows
 
 ROWS = 64  # of a weight that are computed at once to see whether they stay finite

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, batch_loss, collate
+from .batches import Batch, collate
 from .encode import Example
 from .errors import UserError
 from .layer import LoRALinear, factor_dtype
+from .logits import batch_loss, needed_logits
 from .methods import Wants, wanted_by
-from .models import needed_logits
 from .modes import evaluating
 
 

@@ -27,8 +27,7 @@ from .config import ScheduleConfig, from_dict
 from .errors import UserError, shown
 from .layer import PARTS
 from .methods import METHODS, preset
-from .models import forget_unpacking
-from .saving import merged_weight
+from .saving import forget_unpacking, merged_weight
 from .schedule import Schedule, Span, plan
 from .versions import require_tested
 

@@ -26,15 +26,17 @@ from .beside import Beside
 from .calibration import Batches, as_batches, look
 from .coverage import coverage
 from .errors import UserError, note, shown
+from .factors import Factors
 from .grouping import Grouping
 from .layer import PARTS, allow_repacking, forbid_repacking, wrap_all
-from .link import SealedLink, derive_seed, spread, summarise
+from .link import SealedLink, spread, summarise
 from .methods import Pair
 from .modes import plainly
 from .opening import OpenLink, Settings, covered, first_factors, originals_of, starts_of
-from .peft_format import Factors, task_type
+from .peft_format import task_type
 from .record import CHAIN_FILE, FORMAT, START_FILE, binding, folder_name, write_record, write_state
 from .saving import Saves
+from .seeds import derive_seed
 from .targets import short_targets
 from .untouched import Untouched
 

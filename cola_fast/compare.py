@@ -19,11 +19,12 @@ from cola_kernels import nf4_dequantize
 
 from . import peft_format, store
 from .errors import UserError, reason
+from .factors import Factors
 from .grouping import Grouping
 from .layer import LoRALinear, is_nf4
-from .link import derive_seed
 from .modes import evaluating, plainly
-from .peft_format import CONFIG_FILE, TENSOR_FILE, Factors
+from .peft_format import CONFIG_FILE, TENSOR_FILE
+from .seeds import derive_seed
 
 ROWS, LENGTH = 8, 16  # of random inputs; tokens of a row
 SMALL = 1 << 30  # bytes of weights, up to which a checkpoint is loaded again to compare logits

@@ -162,9 +162,10 @@ def measure(config: Config) -> Speed:
     are those of middle length."""
     import torch
 
-    from .batches import Batch, batch_loss, collate
+    from .batches import Batch, collate
     from .construct import attach
-    from .models import load_model, needed_logits
+    from .logits import batch_loss, needed_logits
+    from .models import load_model
 
     model = load_model(config.model)
     examples = sorted(_load(config).train, key=len)

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 
 from . import world
-from .batches import batch_loss, candidate_scores, choice_batches, eval_batches
+from .batches import choice_batches, eval_batches
 from .encode import Example
 from .layout import wants_flat
-from .models import needed_logits
+from .logits import batch_loss, candidate_scores, needed_logits
 from .modes import evaluating
 
 T = TypeVar("T")

@@ -15,8 +15,9 @@ from . import compare, peft_format, store
 from .adapters import cut_to_rank, error_table
 from .bases import merge
 from .errors import UserError, reason, shown
+from .factors import Factors
 from .methods import wanted_by
-from .peft_format import CONFIG_FILE, Factors
+from .peft_format import CONFIG_FILE
 from .saving import merged_state, write_state
 from .sharding import is_sharded
 from .vllm import vllm_notes

@@ -10,8 +10,8 @@ import torch
 
 from . import peers
 from .errors import UserError
+from .factors import Factors
 from .opening import moves
-from .peft_format import Factors
 
 if TYPE_CHECKING:
     from .chain import Chain

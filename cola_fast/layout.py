@@ -11,7 +11,7 @@ from torch import Tensor
 from .batches import Batch, collate
 from .encode import IGNORE, Example
 from .errors import UserError
-from .models import needed_logits
+from .logits import needed_logits
 from .modes import evaluating
 
 

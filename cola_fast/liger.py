@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .beside import Beside
-from .models import inputs
+from .logits import inputs
 
 
 def obstacle(model: Any, beside: Beside | None = None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from cola_kernels import FoldReport
 
 from . import peft_format, store
 from .errors import UserError
-from .peft_format import Factors
+from .factors import Factors
 from .record import CHAIN_FILE, folder_name
 
 
@@ -136,9 +135,3 @@ def summarise(reports: Mapping[str, FoldReport]) -> dict[str, Any]:
 def spread(ranks: Mapping[str, int]) -> str:
     """`8`, or `1-8` where modules differ."""
     return "-".join(map(str, sorted({min(ranks.values()), max(ranks.values())}))) if ranks else "none"
-
-
-def derive_seed(seed: int, *parts: str | int) -> int:
-    """An independent 63-bit seed for each use: link 2 of q_proj in layer 5 always gets the same."""
-    text = "/".join(map(str, (seed, *parts)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

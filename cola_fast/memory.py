@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .batches import Batch, batch_loss
+from .batches import Batch
 from .chain import Chain
 from .layer import PARTS
-from .models import checkpoint_activations, needed_logits
+from .logits import batch_loss, needed_logits
+from .models import checkpoint_activations
 from .targets import select_modules
 
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: its code, and its share of a scale quantised in blocks of 256

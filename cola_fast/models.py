@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import heads, weights
 from .config import ModelConfig
-from .errors import UserError, note, reason, shown, told
+from .errors import UserError, shown, told
 from .heads import AUTO_CLASSES
 from .layer import forbid_repacking
 from .versions import require_tested
@@ -191,28 +189,6 @@ def context_length(model: nn.Module) -> int:
     return length
 
 
-def inputs(batch: Any) -> dict[str, Any]:
-    """What a model is called with."""
-    given = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    optional = {key: value for key, value in given.items() if value is not None}
-    return {"input_ids": batch.input_ids, "use_cache": False, **optional}
-
-
-def needed_logits(model: nn.Module, batch: Any) -> Tensor:
-    """`[B, P, V]`: logits at `batch.positions` only. The output head is a large share of a small model's work, and its
-    logits of a long batch's memory. All that a head that classifies gives."""
-    if batch.positions is None:
-        given = inputs(batch)
-        if "use_cache" not in inspect.signature(model.forward).parameters:  # encoders have none
-            del given["use_cache"]
-        return cast(Tensor, model(**given).logits)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs(batch), logits_to_keep=batch.positions).logits
-    else:
-        logits = model(**inputs(batch)).logits[:, batch.positions]
-    return cast(Tensor, logits)
-
-
 def checkpoint_activations(model: Any) -> None:
     """Recompute each block's activations in backward. transformers 5.23 renamed the method."""
     options = {"use_reentrant": False}
@@ -227,42 +203,6 @@ def forget_gguf(model: Any) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-def forget_unpacking(model: Any) -> None:
-    """transformers keeps what it did to load a model, to undo it in `save_pretrained`, and stumbles over the unpacking
-    of 4-bit weights, which it cannot undo and need not: a state dict holds them packed, or dense."""
-    kept = getattr(model, "_weight_conversions", None)
-    if kept:
-        home = "transformers.integrations.bitsandbytes"
-        unpack = [c for c in kept if any(type(op).__module__ == home for op in getattr(c, "operations", ()))]
-        model._weight_conversions = [c for c in kept if c not in unpack]
-
-
-@contextmanager
-def generation_settings(model: Any, folder: Path) -> Iterator[None]:
-    """transformers saves no model whose generation settings contradict each other (a temperature without sampling),
-    which it loads with a warning. Inside this block it saves the model without them, and they are added as they are."""
-    settings: Any = getattr(model, "generation_config", None)
-    wrong = _contradiction(settings) if settings is not None and model.can_generate() else None
-    if wrong is None:
-        yield
-        return
-    model.generation_config = type(settings)()
-    try:
-        yield
-    finally:
-        model.generation_config = settings
-    settings.to_json_file(folder / "generation_config.json")
-    note(f"The model's generation settings contradict each other, and are written as they are ({wrong}).")
-
-
-def _contradiction(settings: Any) -> str | None:
-    try:
-        settings.validate(strict=True)
-    except ValueError as error:
-        return reason(error)
-    return None
 
 
 def _load_settings(config: ModelConfig) -> Any:

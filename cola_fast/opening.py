@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError, listed, shown
+from .factors import Factors
 from .layer import LoRALinear, factor_dtype, is_nf4
-from .link import derive_seed, spread
+from .link import spread
 from .methods import GATE, INIT, SCALING, Gates, Site, wanted_by
-from .peft_format import Factors
+from .seeds import derive_seed
 from .targets import assign_ranks, block_of
 
 LARGEST = 1e30  # of what is a number in 32 bits, with room for products

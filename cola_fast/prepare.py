@@ -20,11 +20,11 @@ from .config import Config
 from .data import Data, holds_out, load_data
 from .errors import UserError, listed, note
 from .layout import check_causal, check_packing, check_padding
-from .link import derive_seed
 from .methods import GRADIENT, RANKS, wanted_by
 from .models import context_length, load_model, resolve_device, resolve_dtype, stored_in_4bit
 from .optimizer import make_optimizer
 from .schedule import Schedule, plan
+from .seeds import derive_seed
 
 
 def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule, Feed]:

@@ -6,78 +6,21 @@ import gc
 import tempfile
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
+from .best import load_best
 from .config import Config
+from .construct import load_chain
 from .errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from .batches import Batch, Feed
-    from .coverage import Coverage
-    from .data import Data
-    from .memory import Estimate
-    from .schedule import Schedule
-
-
-class Plan(NamedTuple):
-    """A run before it starts."""
-
-    need: Estimate
-    schedule: Schedule
-    feed: Feed
-    data: Data
-    layers: int  # that get a link
-    beside: dict[str, int]  # parameters trained beside the links, and their sizes
-    coverage: Coverage  # by all links
-    batch: Batch  # the largest one
-    device: torch.device
-    dtype: torch.dtype
-
-
-def plan_run(config: Config) -> Plan:
-    """Reads the data but no weights, writes nothing."""
-    from .batches import collate
-    from .construct import attach
-    from .coverage import coverage
-    from .layout import wants_flat
-    from .memory import estimate
-    from .models import load_empty_model, load_tokenizer, resolve_device, resolve_dtype
-    from .prepare import is_4bit, prepare, read_data, rehearse, train_also
-
-    in_4bit = is_4bit(config)
-    device = resolve_device(config.model.device)
-    dtype = resolve_dtype(config.model.dtype, device)
-    model = load_empty_model(config.model).to(dtype)
-    tokenizer = load_tokenizer(config.model)
-    data = read_data(config, model, tokenizer, datetime.now())
-    schedule, feed = prepare(config, data)
-    c, t = config.chain, config.train
-    ranks = [span.rank for span in schedule.spans]
-    chain = attach(
-        model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base="ledger" if in_4bit else c.base,
-        rank_pattern=c.rank_pattern, first_rank=max(ranks), scaling=c.scaling, frozen=c.frozen, share=c.share,
-        gate=c.gate, train_also=train_also(config, model), train_tokens=c.train_tokens,
-    )  # fmt: skip
-    chain.settings = replace(chain.settings, init=c.init)  # which looks at weights, and there are none
-    chain.settings.validate()
-    for rank in ranks if c.ranks == "uniform" else []:
-        chain.ranks(rank)
-    rehearse(chain, config)
-    covered = coverage(model, chain.layers, chain.beside.parameters())
-    rows = [[data.train[i] for i in row] for row in feed.sampler.rows]
-    rows.sort(key=lambda row: -sum(map(len, row)))
-    batch = collate(rows[: t.batch_size], flat=wants_flat(model))
-    ledger = c.base == "ledger" or (c.base == "auto" and in_4bit)
-    need = estimate(
-        chain, model, batch, device=device, dtype=dtype, in_4bit=in_4bit, checkpointing=t.activation_checkpointing,
-        optimizer=t.optimizer, tied=sum(ranks[:-1]) if ledger else 0,
-    )  # fmt: skip
-    beside = {name: parameter.numel() for name, parameter in chain.beside.named_parameters()}
-    return Plan(need, schedule, feed, data, len(chain.pairs()), beside, covered, batch, device, dtype)
+from .models import load_model, load_tokenizer, stored_in_4bit
+from .plan import plan_run, size_of
+from .prepare import read_data
+from .progress import Progress
+from .record import newest_state, read_record
+from .run import begun, read_run
+from .scores import Scores
+from .store import given_path, refuse_existing
 
 
 def dry_run(config: Config) -> str:
@@ -117,14 +60,6 @@ def score_run(
 
     merged: the run's own merged export, where there is one already; otherwise one is made for this.
     """
-    from .best import load_best
-    from .construct import load_chain
-    from .models import load_model, load_tokenizer
-    from .prepare import read_data
-    from .progress import Progress
-    from .run import begun, read_run
-    from .scores import Scores
-    from .store import given_path
 
     run = given_path(folder)
     record, config = read_run(run, trust_remote_code=trust_remote_code)
@@ -196,11 +131,6 @@ def export_run(
     onto: "base", the one it was trained on, or "original": the 16-bit weights that a 4-bit base was quantised from.
     rank: to cut an adapter to.
     """
-    from .best import load_best
-    from .construct import load_chain
-    from .models import load_model, load_tokenizer, stored_in_4bit
-    from .run import read_run
-    from .store import given_path, refuse_existing
 
     run = given_path(folder)
     _, config = read_run(run, trust_remote_code=trust_remote_code)
@@ -230,8 +160,6 @@ def export_run(
 
 def describe(folder: str | Path) -> str:
     """The chain, link by link, and where training stands. Reads chain.json and the state, no weights."""
-    from .record import newest_state, read_record
-    from .store import given_path
 
     run = given_path(folder)
     record = read_record(run)
@@ -263,7 +191,3 @@ def describe(folder: str | Path) -> str:
         with suppress(FileNotFoundError):  # a run that is being trained writes and removes files
             size += file.stat().st_size if file.is_file() else 0
     return "\n".join([*lines, *(f"damaged  {sentence}" for sentence in passed), f"on disk  {size_of(size)}"])
-
-
-def size_of(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

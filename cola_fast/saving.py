@@ -21,10 +21,9 @@ from cola_kernels import merge_, nf4_dequantize
 
 from . import compare
 from .bases import merge
-from .errors import UserError, reason
+from .errors import UserError, note, reason
+from .factors import Factors
 from .layer import PARTS, LoRALinear, is_nf4
-from .models import forget_unpacking, generation_settings
-from .peft_format import Factors
 from .sharding import is_sharded, whole
 from .swapped import settled
 
@@ -216,3 +215,39 @@ def _refuse_merged(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: 
                 "an open link they would count twice. Load them into a model without a chain; a Trainer resumes with "
                 "ChainCallback, a chain of your own with load_chain."
             )
+
+
+def forget_unpacking(model: Any) -> None:
+    """transformers keeps what it did to load a model, to undo it in `save_pretrained`, and stumbles over the unpacking
+    of 4-bit weights, which it cannot undo and need not: a state dict holds them packed, or dense."""
+    kept = getattr(model, "_weight_conversions", None)
+    if kept:
+        home = "transformers.integrations.bitsandbytes"
+        unpack = [c for c in kept if any(type(op).__module__ == home for op in getattr(c, "operations", ()))]
+        model._weight_conversions = [c for c in kept if c not in unpack]
+
+
+@contextmanager
+def generation_settings(model: Any, folder: Path) -> Iterator[None]:
+    """transformers saves no model whose generation settings contradict each other (a temperature without sampling),
+    which it loads with a warning. Inside this block it saves the model without them, and they are added as they are."""
+    settings: Any = getattr(model, "generation_config", None)
+    wrong = _contradiction(settings) if settings is not None and model.can_generate() else None
+    if wrong is None:
+        yield
+        return
+    model.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(folder / "generation_config.json")
+    note(f"The model's generation settings contradict each other, and are written as they are ({wrong}).")
+
+
+def _contradiction(settings: Any) -> str | None:
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return reason(error)
+    return None

@@ -16,7 +16,7 @@ from cola_kernels import FoldReport
 from cola_kernels.reference import fold_report
 
 from .errors import UserError
-from .peft_format import Factors
+from .factors import Factors
 from .targets import block_of
 
 

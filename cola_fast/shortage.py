@@ -13,6 +13,7 @@ from . import world
 from .config import Config
 from .errors import UserError
 from .models import resolve_device
+from .plan import plan_run, size_of
 
 SAFE = 0.9  # of the memory there is: libraries and the allocator hold some beside tensors
 
@@ -39,7 +40,6 @@ def is_shortage(error: BaseException) -> bool:
 
 def _advice(config: Config) -> str:
     """What the memory model says of smaller batches, with the same rows a step, and of recomputed activations."""
-    from .report import plan_run, size_of
 
     there = available(resolve_device(config.model.device))
     try:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import console, liger, metrics, plot, shortage, world
-from .batches import Batch, Feed, batch_loss
+from .batches import Batch, Feed
 from .best import save_best
 from .chain import Chain
 from .config import Config
@@ -35,13 +35,9 @@ from .data import Data
 from .errors import UserError, note
 from .evaluate import Score, evaluate
 from .layout import wants_flat
-from .link import derive_seed
+from .logits import batch_loss, needed_logits
 from .methods import AFTER_STEP, GRADIENT, PERTURB, STATE, Step
-from .models import (
-    checkpoint_activations,
-    load_tokenizer,
-    needed_logits,
-)
+from .models import checkpoint_activations, load_tokenizer
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, next_state, set_lr, state_of
 from .prepare import (
@@ -59,6 +55,7 @@ from .progress import SECONDS_BETWEEN_LINES, Progress
 from .record import newest_state, read_record
 from .run import Run
 from .schedule import Schedule
+from .seeds import derive_seed
 from .sharding import shard
 from .signals import collected_signals
 

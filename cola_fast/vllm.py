@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .peft_format import Factors
+from .factors import Factors
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what max_lora_rank can be: vllm/config/lora.py
 LARGEST_VOCABULARY = 258048  # of a link on lm_head: vllm/lora/layers/logits_processor.py

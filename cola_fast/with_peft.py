@@ -22,8 +22,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .errors import listed, reason
+from .factors import Factors
 from .layer import LoRALinear
-from .peft_format import PREFIX, TENSOR_FILE, Factors
+from .peft_format import PREFIX, TENSOR_FILE
 from .swapped import Changed, go_back
 
 

@@ -31,8 +31,8 @@ register(
 @contextmanager
 def flat_lora(layers: Mapping[str, LoRALinear], done: float, seed: int, config: TrainConfig) -> Iterator[None]:
     """Row i of W' [N, K] gets noise of variance `sigma² |W'_i|² / K`, W' with the open link in it."""
-    from ..link import derive_seed
     from ..noise import WeightNoise
+    from ..seeds import derive_seed
 
     sigma = config.sigma * (1 - math.cos(math.pi * done)) / 2
     hooks = [

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from ..config import ChainConfig, TrainConfig
     from ..encode import Example
+    from ..factors import Factors
     from ..layer import LoRALinear
-    from ..peft_format import Factors
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cola_fast import ChainCallback, UserError, attach, load_chain
 from cola_fast.adapters import cut_to_rank, read_adapter
-from cola_fast.peft_format import Factors
+from cola_fast.factors import Factors
 
 from ..conftest import disturb, snapshot, tiny_llama
 from .trainer_runs import CHAT_TEMPLATE, COMMON

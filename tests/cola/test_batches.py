@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cola_fast import batches
-from cola_fast.batches import Batch, Feed, Sampler, batch_loss, candidate_scores, choice_batches, collate
+from cola_fast import logits as of_logits
+from cola_fast.batches import Batch, Feed, Sampler, choice_batches, collate
 from cola_fast.config import Config, TrainConfig
 from cola_fast.data import Data
 from cola_fast.encode import IGNORE, Example
 from cola_fast.errors import UserError
 from cola_fast.layout import check_causal, check_packing, check_padding
-from cola_fast.models import needed_logits
+from cola_fast.logits import batch_loss, candidate_scores, needed_logits
 from cola_fast.prepare import check_batches
 
 VOCABULARY = 61
@@ -159,7 +160,7 @@ def test_to_moves_every_tensor() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tile", [1, 150, 10**6], ids=["rows", "ragged", "whole"])
 def test_loss_and_gradient_match_pytorch(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches._LogLikelihood, "CPU_TILE", tile)
+    monkeypatch.setattr(of_logits._LogLikelihood, "CPU_TILE", tile)
     batch = collate(singles(examples("turns")))
     logits = (4 * torch.randn(*batch.targets.shape, VOCABULARY)).to(dtype).requires_grad_()
     ours, count = batch_loss(logits, batch)

@@ -127,7 +127,7 @@ def test_ranks_step_down(model: nn.Module) -> None:
 def test_folding_needs_no_copy_of_the_weight(rounding: str) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    from cola_fast.peft_format import Factors
+    from cola_fast.factors import Factors
 
     weight = torch.randn(4096, 4096, dtype=torch.bfloat16)
     linear = nn.Linear(1, 1, bias=False)

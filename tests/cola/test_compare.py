@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cola_fast import UserError, attach, compare, export, saving
-from cola_fast.peft_format import Factors
+from cola_fast.factors import Factors
 
 from ..conftest import disturb, tiny_llama
 

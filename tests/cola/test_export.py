@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cola_fast import UserError, attach, load_chain
 from cola_fast.errors import Note
-from cola_fast.peft_format import Factors, decode, encode
+from cola_fast.factors import Factors
+from cola_fast.peft_format import decode, encode
 
 from ..conftest import disturb, snapshot, tiny_llama
 

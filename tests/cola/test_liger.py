@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from cola_fast import attach, liger, load_chain, trainer
-from cola_fast.batches import batch_loss
 from cola_fast.config import from_dict
-from cola_fast.models import load_model, needed_logits
+from cola_fast.logits import batch_loss, needed_logits
+from cola_fast.models import load_model
 
 from ..conftest import disturb, tiny_llama
 

@@ -82,9 +82,10 @@ def test_the_same_seed_gives_the_same_links(config_file: Callable[..., str], tmp
 def test_one_link_is_plain_lora(config_file: Callable[..., str], tmp_path: Path) -> None:
     """The loop's first link equals a LoRA fine-tune written out by hand."""
     from cola_fast import attach
-    from cola_fast.batches import Feed, batch_loss
+    from cola_fast.batches import Feed
     from cola_fast.data import load_data
-    from cola_fast.models import context_length, load_tokenizer, needed_logits
+    from cola_fast.logits import batch_loss, needed_logits
+    from cola_fast.models import context_length, load_tokenizer
 
     path = config_file(schedule__links=1, schedule__steps=5, chain__dropout=0, train__clip=None)
     train(path)

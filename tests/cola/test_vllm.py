@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cola_fast import attach
-from cola_fast.peft_format import Factors
+from cola_fast.factors import Factors
 from cola_fast.vllm import vllm_notes
 
 from ..conftest import disturb, tiny_llama

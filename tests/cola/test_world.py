@@ -21,8 +21,8 @@ from torch import nn
 from cola_fast import UserError, bases, cli, config, metrics, world
 from cola_fast.data import Data
 from cola_fast.encode import Example
+from cola_fast.factors import Factors
 from cola_fast.layer import LoRALinear
-from cola_fast.peft_format import Factors
 from cola_fast.prepare import prepare
 from cola_fast.sharding import Rows
 
