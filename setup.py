@@ -15,6 +15,8 @@ liger = ["liger-kernel>=0.8; platform_system == 'Linux'"]
 loggers = ["tensorboard>=2.14", "trackio>=0.2"]
 tests = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-tqdm"]
 
+ROOMS = ("chain", "commands", "data", "layers", "methods", "training")
+
 setup(
     name="cola_fast",
     version="0.1.0",
@@ -23,9 +25,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["cola_fast", "cola_fast.methods", "cola_kernels"],
+    packages=["cola_fast", *(f"cola_fast.{room}" for room in ROOMS), "cola_kernels"],
     package_dir={"cola_kernels": "kernels/cola_kernels"},
-    package_data={"cola_fast": ["py.typed", "demo.yaml"], "cola_kernels": ["py.typed", "tables/*.json"]},
+    package_data={
+        "cola_fast": ["py.typed"],
+        "cola_fast.commands": ["demo.yaml"],
+        "cola_kernels": ["py.typed", "tables/*.json"],
+    },
     install_requires=[
         "torch>=2.7",
         "triton>=3.3; platform_system == 'Linux'",

@@ -20,9 +20,9 @@ PLOT = harness.RESULTS / "demo.png"
 
 
 def run(options: Options) -> dict[str, Any]:
-    from cola_fast.demo import demo_config
-    from cola_fast.report import score_run
-    from cola_fast.trainer import train
+    from cola_fast.commands.demo import demo_config
+    from cola_fast.commands.report import score_run
+    from cola_fast.training.trainer import train
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "demo"

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from cola_fast import accelerate_peft, restore_peft
 from cola_fast.config import Config
-from cola_fast.encode import Example
-from cola_fast.layer import is_nf4
-from cola_fast.models import resolve_dtype
+from cola_fast.data.encode import Example
+from cola_fast.layers.layer import is_nf4
+from cola_fast.training.models import resolve_dtype
 from cola_kernels import nf4_dequantize
 
 from . import harness, trainers, workloads

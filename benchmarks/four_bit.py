@@ -22,17 +22,17 @@ import torch
 from torch import nn
 
 from cola_fast import load_chain
-from cola_fast.batches import Batch
-from cola_fast.chain import Chain
+from cola_fast.chain.chain import Chain
+from cola_fast.commands.demo import demo_config
 from cola_fast.config import Config
-from cola_fast.data import Data, load_data
-from cola_fast.demo import demo_config
-from cola_fast.evaluate import evaluate
-from cola_fast.layer import forbid_repacking
-from cola_fast.logits import batch_loss, needed_logits
-from cola_fast.models import context_length, load_model, load_tokenizer
-from cola_fast.prepare import prepare
-from cola_fast.trainer import train
+from cola_fast.data.batches import Batch
+from cola_fast.data.logits import batch_loss, needed_logits
+from cola_fast.data.rows import Data, load_data
+from cola_fast.layers.layer import forbid_repacking
+from cola_fast.training.evaluate import evaluate
+from cola_fast.training.models import context_length, load_model, load_tokenizer
+from cola_fast.training.prepare import prepare
+from cola_fast.training.trainer import train
 
 from . import harness
 from .registry import Options

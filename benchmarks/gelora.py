@@ -23,7 +23,7 @@ EXAMPLES, BATCH = 2000, 32
 def run(options: Options) -> dict[str, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    from cola_fast import assets, geometry
+    from cola_fast.commands import assets, ranks_report
     from cola_fast.ranks import block_ranks
 
     count = 200 if options.quick else EXAMPLES
@@ -36,10 +36,10 @@ def run(options: Options) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         blocks = block_ranks(model, batches(tokenizer, texts), targets="all-linear")
-        found.append(geometry.Geometry(folder.name, "movie-review sentences", len(texts), None, tuple(blocks)))
+        found.append(ranks_report.Geometry(folder.name, "movie-review sentences", len(texts), None, tuple(blocks)))
     if not options.quick:
         PLOT.parent.mkdir(parents=True, exist_ok=True)
-        PLOT.write_bytes(geometry.draw(found))
+        PLOT.write_bytes(ranks_report.draw(found))
     return {"models": [one.to_dict() for one in found]}
 
 

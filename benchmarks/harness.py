@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_fast.models import native_bf16
+from cola_fast.training.models import native_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -16,14 +16,14 @@ from typing import Any
 from torch import nn
 
 from cola_fast import load_chain
-from cola_fast.bases import choose_base
+from cola_fast.chain.bases import choose_base
+from cola_fast.commands.demo import demo_config
 from cola_fast.config import Config
-from cola_fast.data import load_data
-from cola_fast.demo import demo_config
-from cola_fast.evaluate import Score, evaluate
-from cola_fast.layer import forbid_repacking
-from cola_fast.models import context_length, load_model, load_tokenizer
-from cola_fast.trainer import train
+from cola_fast.data.rows import load_data
+from cola_fast.layers.layer import forbid_repacking
+from cola_fast.training.evaluate import Score, evaluate
+from cola_fast.training.models import context_length, load_model, load_tokenizer
+from cola_fast.training.trainer import train
 
 from . import harness
 from .charts import Bar, Chart

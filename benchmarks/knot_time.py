@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from cola_fast import attach
+from cola_fast.commands.demo import demo_config
 from cola_fast.config import ModelConfig
-from cola_fast.demo import demo_config
-from cola_fast.models import load_model
+from cola_fast.training.models import load_model
 
 from . import harness
 from .registry import Options

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_fast.layer import LoRALinear
+from cola_fast.layers.layer import LoRALinear
 
 from . import harness
 from .charts import Bar, Chart

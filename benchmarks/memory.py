@@ -3,8 +3,8 @@
 **Peaks**: the same training in this library and in transformers' Trainer on a PEFT model, both in the settings of
 `trainers`; what is counted stands in `peak`. Losses must agree before a figure is kept.
 
-**Model**: what `cola_fast.memory.estimate` expects of each configuration, counted on fake tensors, beside what was
-then measured.
+**Model**: what `cola_fast.training.memory.estimate` expects of each configuration, counted on fake tensors, beside what
+was then measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
-from cola_fast.plan import plan_run
+from cola_fast.training.plan import plan_run
 
 from . import harness, legs
 from .charts import Bar, Chart

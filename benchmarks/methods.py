@@ -18,15 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cola_fast.chain.attach import load_chain
+from cola_fast.chain.record import read_record
+from cola_fast.commands.demo import demo_config
 from cola_fast.config import Config
-from cola_fast.construct import load_chain
-from cola_fast.data import load_data
-from cola_fast.demo import demo_config
-from cola_fast.evaluate import evaluate
+from cola_fast.data.rows import load_data
 from cola_fast.methods import METHODS
-from cola_fast.models import context_length, load_model, load_tokenizer
-from cola_fast.record import read_record
-from cola_fast.trainer import train
+from cola_fast.training.evaluate import evaluate
+from cola_fast.training.models import context_length, load_model, load_tokenizer
+from cola_fast.training.trainer import train
 
 from . import harness
 from .registry import Options

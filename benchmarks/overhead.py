@@ -25,12 +25,12 @@ from unittest.mock import patch
 
 from torch import nn
 
-from cola_fast import plot as curves
-from cola_fast import prepare, trainer
-from cola_fast.batches import Batch, Feed
-from cola_fast.chain import Chain
+from cola_fast.chain.chain import Chain
 from cola_fast.config import Config
-from cola_fast.logits import batch_loss, needed_logits
+from cola_fast.data.batches import Batch, Feed
+from cola_fast.data.logits import batch_loss, needed_logits
+from cola_fast.training import plot as curves
+from cola_fast.training import prepare, trainer
 
 from . import harness
 from .charts import Bar, Chart

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from cola_fast import attach, models
-from cola_fast.batches import Batch, Feed
-from cola_fast.data import load_data
-from cola_fast.logits import batch_loss, needed_logits
+from cola_fast import attach
+from cola_fast.data.batches import Batch, Feed
+from cola_fast.data.logits import batch_loss, needed_logits
+from cola_fast.data.rows import load_data
+from cola_fast.training import models
 
 from . import harness
 from .charts import Bar, Chart

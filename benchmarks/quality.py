@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cola_fast.targets import block_of
+from cola_fast.layers.targets import block_of
 
 from . import harness
 from .quality_arms import ARMS, BATCH, Diverged, Training

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cola_fast import Chain, attach
-from cola_fast.batches import Sampler
 from cola_fast.config import ScheduleConfig
-from cola_fast.schedule import plan
+from cola_fast.data.batches import Sampler
+from cola_fast.training.schedule import plan
 
 R = 8
 SCALE = 2.0  # of a link, at every rank: alpha = 2 R

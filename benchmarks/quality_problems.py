@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cola_fast import assets
-from cola_fast.batches import choice_batches, collate
-from cola_fast.data import load_data
-from cola_fast.demo import demo_config
-from cola_fast.encode import IGNORE
-from cola_fast.logits import batch_loss, candidate_scores, needed_logits
-from cola_fast.models import load_model, load_tokenizer, native_bf16
+from cola_fast.commands import assets
+from cola_fast.commands.demo import demo_config
+from cola_fast.data.batches import choice_batches, collate
+from cola_fast.data.encode import IGNORE
+from cola_fast.data.logits import batch_loss, candidate_scores, needed_logits
+from cola_fast.data.rows import load_data
+from cola_fast.training.models import load_model, load_tokenizer, native_bf16
 
 from . import harness
 from .quality_arms import Problem

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cola_fast.models import DTYPES, resolve_dtype
+from cola_fast.training.models import DTYPES, resolve_dtype
 
 from . import harness, legs, trainers, workloads
 from .charts import Bar, Chart

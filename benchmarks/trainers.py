@@ -37,11 +37,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from cola_fast import attach, metrics, models, prepare, trainer
-from cola_fast.batches import Batch, Feed, collate
+from cola_fast import attach
 from cola_fast.config import Config
-from cola_fast.data import load_data
-from cola_fast.encode import IGNORE, Example
+from cola_fast.data.batches import Batch, Feed, collate
+from cola_fast.data.encode import IGNORE, Example
+from cola_fast.data.rows import load_data
+from cola_fast.training import metrics, models, prepare, trainer
 
 from . import harness
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import yaml
 
-from cola_fast import assets, config
+from cola_fast import config
+from cola_fast.commands import assets
 from cola_fast.config import Config
 
 from . import harness
@@ -140,7 +141,7 @@ class Workload:
 
 def demo(steps: int, dtype: str) -> Config:
     """`cola demo`'s model and task as one link without a schedule."""
-    raw = yaml.safe_load(resources.files("cola_fast").joinpath("demo.yaml").read_text(encoding="utf-8"))
+    raw = yaml.safe_load(resources.files("cola_fast.commands").joinpath("demo.yaml").read_text(encoding="utf-8"))
     raw["model"] |= {"name": str(assets.smollm2()), "dtype": dtype}
     raw["data"] |= {"train": str(assets.sentiment()["train"]), "eval": None, "test": None, "eval_share": 0.0}
     raw["chain"] |= {"rounding": "nearest"}

@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callback import ChainCallback
-    from .chain import Chain
-    from .construct import attach, load_chain
-    from .drop_in import accelerate_peft, restore_peft
+    from .chain.attach import attach, load_chain
+    from .chain.chain import Chain
     from .errors import UserError
-    from .layer import LoRALinear
+    from .layers.layer import LoRALinear
+    from .layers.peft_drop_in import accelerate_peft, restore_peft
     from .ranks import gelora_ranks
-    from .trainer import train
+    from .training.callback import ChainCallback
+    from .training.trainer import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,16 +33,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Chain": "chain",
-    "ChainCallback": "callback",
-    "LoRALinear": "layer",
+    "Chain": "chain.chain",
+    "ChainCallback": "training.callback",
+    "LoRALinear": "layers.layer",
     "UserError": "errors",
-    "accelerate_peft": "drop_in",
-    "attach": "construct",
+    "accelerate_peft": "layers.peft_drop_in",
+    "attach": "chain.attach",
     "gelora_ranks": "ranks",
-    "load_chain": "construct",
-    "restore_peft": "drop_in",
-    "train": "trainer",
+    "load_chain": "chain.attach",
+    "restore_peft": "layers.peft_drop_in",
+    "train": "training.trainer",
 }
 
 

@@ -266,7 +266,7 @@ def _train(options: argparse.Namespace) -> int:
         _require_trust(config, options)
     _quiet_libraries()
     if options.dry_run:
-        from .report import dry_run
+        from .commands.report import dry_run
 
         if world.is_main():
             show(dry_run(config))
@@ -288,7 +288,7 @@ def _require_trust(config: Any, options: argparse.Namespace) -> None:
 
 
 def _run_training(config: Any) -> int:
-    from .trainer import Interrupted, train
+    from .training.trainer import Interrupted, train
 
     try:
         result = train(config)
@@ -307,7 +307,7 @@ def _eval(options: argparse.Namespace) -> int:
     import json
 
     _quiet_libraries()
-    from .report import score_run, table
+    from .commands.report import score_run, table
 
     rows = score_run(options.folder, best=options.best, trust_remote_code=options.trust_remote_code)
     show(json.dumps(rows, indent=1) if options.json else table(rows))
@@ -316,7 +316,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     _quiet_libraries()
-    from .report import export_run
+    from .commands.report import export_run
 
     done = export_run(
         options.folder, options.to, out=options.out, best=options.best, onto=options.onto, rank=options.rank,
@@ -331,7 +331,7 @@ def _ranks(options: argparse.Namespace) -> int:
 
     config = load(options.config, options.overrides)
     _quiet_libraries()
-    from .geometry import measure, table, write
+    from .commands.ranks_report import measure, table, write
 
     found = measure(config)
     folder = options.out or f"{config.out}-ranks"
@@ -350,7 +350,7 @@ def _methods(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from .report import describe
+    from .commands.report import describe
 
     show(describe(options.folder))
     return 0
@@ -358,7 +358,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     _quiet_libraries()
-    from .demo import demo
+    from .commands.demo import demo
 
     return demo(options.overrides, _run_training, in_4bit=options.in_4bit, size=options.size)
 

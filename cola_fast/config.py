@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from . import plain_yaml, tree
+from . import config_tree, plain_yaml
 from .errors import UserError, reason, shown
 from .methods import SLOTS, preset
 
@@ -176,7 +176,7 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         if not equals:
             raise UserError(f"{shown(item)} is not an override: write key=value, for example schedule.lr=1e-3.")
         try:
-            tree.assign(chosen, tree.full_key(Config, key.strip()), plain_yaml.parse(value))
+            config_tree.assign(chosen, config_tree.full_key(Config, key.strip()), plain_yaml.parse(value))
         except yaml.YAMLError as error:
             problem = plain_yaml.problem(error)
             raise UserError(f"{shown(item)} is not valid YAML ({problem}): put the value in quotes.") from None
@@ -185,8 +185,9 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     names = method if isinstance(method, (list, tuple)) else [method]
     if isinstance(chain, dict) and len(names) == 1:
         chain["method"] = names[0]  # [cola] is cola, also to a run that is resumed
-    config: Config = tree.build(
-        Config, tree.merge(preset([name if isinstance(name, str) else shown(name) for name in names], chosen), chosen)
+    config: Config = config_tree.build(
+        Config,
+        config_tree.merge(preset([name if isinstance(name, str) else shown(name) for name in names], chosen), chosen),
     )
     config = _at_home(config)
     validate(config)
@@ -202,7 +203,7 @@ def _at_home(config: Config) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(tree.to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config_tree.to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def validate(config: Config) -> None:

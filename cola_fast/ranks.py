@@ -15,15 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .encode import Example
 from .errors import UserError
-from .modes import evaluating
-from .targets import block_of, select_modules
+from .layers.targets import block_of, select_modules
+from .layers.torch_modes import evaluating
+
+if TYPE_CHECKING:
+    from .data.encode import Example
 
 FEWEST = 20  # distinct points below which TwoNN says nothing
 DISCARD = 0.1  # share of the largest ratios left out of the fit

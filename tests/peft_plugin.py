@@ -20,10 +20,10 @@ COUNTS: Counter[str] = Counter()
 def pytest_configure(config: Any) -> None:
     from peft.tuners.lora import LoraModel
 
-    from cola_fast import fused_peft
+    from cola_fast.layers import peft_layers
 
     LoraModel.inject_adapter = _then_accelerate(LoraModel.inject_adapter)
-    fused_peft.lora_linear = _counted(fused_peft.lora_linear)
+    peft_layers.lora_linear = _counted(peft_layers.lora_linear)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

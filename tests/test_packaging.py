@@ -54,4 +54,4 @@ def test_wheel_contents(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if "dist-info" not in name}
     assert tops == {"cola_fast", "cola_kernels"}
-    assert {"cola_fast/demo.yaml", "cola_fast/py.typed", "cola_kernels/py.typed"} <= set(names)
+    assert {"cola_fast/commands/demo.yaml", "cola_fast/py.typed", "cola_kernels/py.typed"} <= set(names)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..config import ChainConfig
-    from ..encode import Example
+    from ..data.encode import Example
 
 register(
     Method(

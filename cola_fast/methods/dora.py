@@ -1,4 +1,4 @@
-"""DoRA: magnitude and direction of the weight's rows, trained apart. The gate is in `cola_fast.gates`."""
+"""DoRA: magnitude and direction of the weight's rows, trained apart. The gate is in `layers.output_gate`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ register(
 @GATE.fill("dora")
 def dora(site: Site) -> Gates:
     """`m = ‖W‖` by rows (eq. 5), so that c is 1."""
-    from ..gates import row_squares
+    from ..layers.output_gate import row_squares
 
     return Gates(magnitude=row_squares(site.weight).sqrt().to(site.dtype))

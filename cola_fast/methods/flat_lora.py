@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config import TrainConfig
-    from ..layer import LoRALinear
+    from ..layers.layer import LoRALinear
 
 register(
     Method(
@@ -31,7 +31,7 @@ register(
 @contextmanager
 def flat_lora(layers: Mapping[str, LoRALinear], done: float, seed: int, config: TrainConfig) -> Iterator[None]:
     """Row i of W' [N, K] gets noise of variance `sigma² |W'_i|² / K`, W' with the open link in it."""
-    from ..noise import WeightNoise
+    from ..layers.weight_noise import WeightNoise
     from ..seeds import derive_seed
 
     sigma = config.sigma * (1 - math.cos(math.pi * done)) / 2
@@ -51,7 +51,7 @@ def flat_lora(layers: Mapping[str, LoRALinear], done: float, seed: int, config: 
 
 def _row_norms(layer: LoRALinear) -> Tensor:
     """[N], of W'; with DoRA its magnitude is that norm."""
-    from ..gates import row_norms, row_squares
+    from ..layers.output_gate import row_norms, row_squares
 
     if layer.lora_magnitude is not None:
         return layer.lora_magnitude.detach().abs()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..config import ChainConfig
-    from ..encode import Example
+    from ..data.encode import Example
 
 register(
     Method(

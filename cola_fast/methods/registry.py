@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..config import ChainConfig, TrainConfig
-    from ..encode import Example
-    from ..factors import Factors
-    from ..layer import LoRALinear
+    from ..data.encode import Example
+    from ..layers.factors import Factors
+    from ..layers.layer import LoRALinear
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -65,7 +65,7 @@ def _one_nan(*arguments: Any, **options: Any) -> Tensor:
 def test_a_wrong_op_gets_no_numbers(
     op: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cola_fast.grouping.lora_linear", op)
+    monkeypatch.setattr("cola_fast.layers.grouping.lora_linear", op)
     assert main(["run", "linears", "--quick", "--out", str(tmp_path / "out.json")]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""

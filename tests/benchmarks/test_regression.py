@@ -74,7 +74,7 @@ def test_a_slowed_op_fails_the_command(
         return lora_linear(*arguments, **options)
 
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr("cola_fast.grouping.lora_linear", partial(op, 1))
+    monkeypatch.setattr("cola_fast.layers.grouping.lora_linear", partial(op, 1))
     monkeypatch.setattr(linears, "_layers", lambda quick: [linears._layer("fp32", 0.0, 64, "k, v", rounds=5)])
     committed: list[dict[str, Any]] = []
     monkeypatch.setattr(regression, "last_committed", lambda suite, env: committed[0] if committed else None)
@@ -82,7 +82,7 @@ def test_a_slowed_op_fails_the_command(
     command = ["run", "linears", "--out", str(tmp_path / "out.json")]
     assert main(command) == 0
     committed.append(harness.read(tmp_path / "out.json"))
-    monkeypatch.setattr("cola_fast.grouping.lora_linear", partial(op, 30))
+    monkeypatch.setattr("cola_fast.layers.grouping.lora_linear", partial(op, 30))
     assert main(command) == 1
     assert "rows / k, v, fp32, dropout 0.0, 64 tokens" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.legs import Leg
 from benchmarks.registry import UNFINISHED
 from benchmarks.workloads import Workload
-from cola_fast.plan import plan_run
+from cola_fast.training.plan import plan_run
 
 pytest.importorskip("peft")
 TINY = Workload("tiny", 64, 2)

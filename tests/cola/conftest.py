@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import cola_kernels.autograd
-from cola_fast import grouping
-from cola_fast.bases import DenseBase
+from cola_fast.chain.bases import DenseBase
+from cola_fast.layers import grouping
 from cola_kernels import small
 
 from ..conftest import tiny_llama
@@ -105,11 +105,11 @@ def sealed(run: Path) -> list[str]:
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], int]:
     """Count the calls of a function that accelerate_peft's layers fuse."""
-    from cola_fast import fused_peft
+    from cola_fast.layers import peft_layers
 
     calls: list[int] = []
-    op = fused_peft.lora_linear
-    monkeypatch.setattr(fused_peft, "lora_linear", lambda *args, **keys: calls.append(1) or op(*args, **keys))
+    op = peft_layers.lora_linear
+    monkeypatch.setattr(peft_layers, "lora_linear", lambda *args, **keys: calls.append(1) or op(*args, **keys))
 
     def count(function: Callable[[], Any]) -> int:
         calls.clear()

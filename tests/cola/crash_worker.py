@@ -43,8 +43,11 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 import transformers
 
-from cola_fast import UserError, bases, config, layer, plot, prepare, store, trainer
+from cola_fast import UserError, config, store
+from cola_fast.chain import bases
+from cola_fast.layers import layer
 from cola_fast.methods import INIT
+from cola_fast.training import plot, prepare, trainer
 
 transformers.utils.logging.disable_progress_bar()
 plot.draw = lambda run: run  # slow, and not what is tested here

@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 torch.set_num_threads(1)
 
-from cola_fast import UserError, attach, load_chain, peers
+from cola_fast import UserError, attach, load_chain
+from cola_fast.chain import peers
 
 from ..conftest import tiny_llama
 

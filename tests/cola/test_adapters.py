@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from cola_fast import ChainCallback, UserError, attach, load_chain
-from cola_fast.adapters import cut_to_rank, read_adapter
-from cola_fast.factors import Factors
+from cola_fast.chain.adapters import cut_to_rank, read_adapter
+from cola_fast.layers.factors import Factors
 
 from ..conftest import disturb, snapshot, tiny_llama
 from .trainer_runs import CHAT_TEMPLATE, COMMON

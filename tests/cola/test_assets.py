@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cola_fast import UserError, assets
+from cola_fast import UserError
+from cola_fast.commands import assets
 
 
 @pytest.fixture

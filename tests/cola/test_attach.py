@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from cola_fast import UserError, attach, load_chain
-from cola_fast.layer import LoRALinear
+from cola_fast.layers.layer import LoRALinear
 
 from ..conftest import disturb, tiny_llama
 from .conftest import third_fold_raises

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from cola_fast import UserError, attach, config, load_chain, store
-from cola_fast.best import load_best, save_best
-from cola_fast.chain import Chain
+from cola_fast.chain.best import load_best, save_best
+from cola_fast.chain.chain import Chain
+from cola_fast.commands.report import dry_run, export_run, score_run
 from cola_fast.config import ModelConfig
-from cola_fast.models import load_model
-from cola_fast.report import dry_run, export_run, score_run
-from cola_fast.trainer import train
+from cola_fast.training.models import load_model
+from cola_fast.training.trainer import train
 
 from ..conftest import disturb, tiny_llama
 from .three import separate, zero_grad

@@ -20,9 +20,9 @@ from transformers import LlamaForSequenceClassification
 
 from cola_fast import UserError, attach, load_chain
 from cola_fast import train as train_run
+from cola_fast.commands.report import describe, dry_run
 from cola_fast.config import load
-from cola_fast.report import describe, dry_run
-from cola_fast.swapped import settled
+from cola_fast.layers.trained_modules import settled
 
 from ..conftest import snapshot, tiny_llama
 

@@ -234,8 +234,8 @@ def test_a_restarted_curve_resumes(tmp_path: Path) -> None:
 def test_same_chain_as_our_own_trainer(raw_config: dict[str, Any], tmp_path: Path) -> None:
     """The whole data set in every batch, so that its order does not matter; links equal up to rounding."""
     from cola_fast.config import from_dict
-    from cola_fast.data import load_data
-    from cola_fast.models import load_tokenizer
+    from cola_fast.data.rows import load_data
+    from cola_fast.training.models import load_tokenizer
 
     raw_config["chain"] |= {"dropout": 0.0}
     raw_config["schedule"] |= {"steps": 6, "lr_shape": "linear"}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cola_fast import UserError, attach, load_chain
-from cola_fast.bases import DenseBase
-from cola_fast.layer import LoRALinear
+from cola_fast.chain.bases import DenseBase
+from cola_fast.layers.layer import LoRALinear
 
 from ..conftest import disturb, snapshot, tiny_llama
 from .conftest import third_fold_raises
@@ -127,7 +127,7 @@ def test_ranks_step_down(model: nn.Module) -> None:
 def test_folding_needs_no_copy_of_the_weight(rounding: str) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    from cola_fast.factors import Factors
+    from cola_fast.layers.factors import Factors
 
     weight = torch.randn(4096, 4096, dtype=torch.bfloat16)
     linear = nn.Linear(1, 1, bias=False)

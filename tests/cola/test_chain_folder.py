@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cola_fast import UserError, attach, load_chain, store
 from cola_fast.errors import Note
-from cola_fast.layer import LoRALinear
+from cola_fast.layers.layer import LoRALinear
 from cola_kernels import merge_
 
 from ..conftest import disturb, snapshot, tiny_llama

@@ -190,8 +190,8 @@ def test_ranks_can_be_pasted_into_a_configuration(config_file: Callable[..., str
     assert made["rank_pattern"] == {m: block["rank"] for block in found["blocks"] for m in block["modules"]}
 
     c = config.load(path)
-    from cola_fast.data import load_data
-    from cola_fast.models import context_length, load_model, load_tokenizer
+    from cola_fast.data.rows import load_data
+    from cola_fast.training.models import context_length, load_model, load_tokenizer
 
     model = load_model(c.model)
     data = load_data(c.data, load_tokenizer(c.model), context=context_length(model), seed=0)

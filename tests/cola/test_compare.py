@@ -16,8 +16,9 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cola_fast import UserError, attach, compare, export, saving
-from cola_fast.factors import Factors
+from cola_fast import UserError, attach
+from cola_fast.chain import compare, export, saving
+from cola_fast.layers.factors import Factors
 
 from ..conftest import disturb, tiny_llama
 

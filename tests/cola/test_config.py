@@ -128,5 +128,5 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_the_demo_is_a_valid_configuration() -> None:
-    demo = config.load(Path(config.__file__).with_name("demo.yaml"))
+    demo = config.load(Path(config.__file__).with_name("commands") / "demo.yaml")
     assert (demo.chain.method, demo.schedule.links) == ("cola", 3)

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from cola_fast import attach, config, load_chain
-from cola_fast.coverage import coverage
-from cola_fast.report import dry_run
+from cola_fast.chain.coverage import coverage
+from cola_fast.commands.report import dry_run
 
 from ..conftest import disturb, tiny_llama
 from .test_all_linear import MODELS, attached, build

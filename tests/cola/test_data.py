@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cola_fast.config import DataConfig
-from cola_fast.data import Data, load_data
-from cola_fast.encode import IGNORE, Example
+from cola_fast.data.encode import IGNORE, Example
+from cola_fast.data.rows import Data, load_data
 from cola_fast.errors import UserError
 
 CHAT = (

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cola_fast import assets, config, demo, scores
+from cola_fast import config
 from cola_fast.cli import main
-from cola_fast.demo import Size, Speed, demo_config
-from cola_fast.evaluate import evaluate
+from cola_fast.commands import assets, demo, scores
+from cola_fast.commands.demo import Size, Speed, demo_config
+from cola_fast.training.evaluate import evaluate
 
 SIZES = (Size("full", 96, 16, 32, 32), Size("half", 48, 8, 16, 20))
 
@@ -139,7 +140,7 @@ def test_the_same_command_goes_on_in_the_size_of_the_run(
 
 
 def _stopped(config: Any) -> int:
-    from cola_fast.trainer import train
+    from cola_fast.training.trainer import train
 
     train(config, quiet=True)
     return 130

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from cola_fast import attach, scores
+from cola_fast import attach
+from cola_fast.commands import scores
+from cola_fast.commands.scores import Scores, digest
 from cola_fast.config import ModelConfig
-from cola_fast.encode import IGNORE, Example
-from cola_fast.evaluate import evaluate
-from cola_fast.models import load_model
-from cola_fast.progress import Progress
-from cola_fast.scores import Scores, digest
+from cola_fast.data.encode import IGNORE, Example
+from cola_fast.training.evaluate import evaluate
+from cola_fast.training.models import load_model
+from cola_fast.training.progress import Progress
 
 PROMPTS = [[5 + i, *range(7, 10 + i)] for i in range(8)]
 TEXTS = [Example(prompt, prompt) for prompt in PROMPTS]

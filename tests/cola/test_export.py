@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cola_fast import UserError, attach, load_chain
+from cola_fast.chain.peft_format import decode, encode
 from cola_fast.errors import Note
-from cola_fast.factors import Factors
-from cola_fast.peft_format import decode, encode
+from cola_fast.layers.factors import Factors
 
 from ..conftest import disturb, snapshot, tiny_llama
 

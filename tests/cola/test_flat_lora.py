@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_fast import Chain, attach, config, trainer
+from cola_fast import Chain, attach, config
 from cola_fast.config import TrainConfig
 from cola_fast.methods import PERTURB
+from cola_fast.training import trainer
 
 from ..conftest import disturb, tiny_llama
 from .test_chain import logits

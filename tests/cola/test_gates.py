@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_fast import Chain, UserError, attach, config, load_chain, trainer
-from cola_fast.best import load_best, save_best
-from cola_fast.gates import output_gate, row_squares
+from cola_fast import Chain, UserError, attach, config, load_chain
+from cola_fast.chain.best import load_best, save_best
+from cola_fast.layers.output_gate import output_gate, row_squares
 from cola_fast.methods import AFTER_STEP, GRADIENT, Pair, Step
 from cola_fast.methods.adalora import share_left
-from cola_fast.optimizer import make_optimizer
+from cola_fast.training import trainer
+from cola_fast.training.optimizer import make_optimizer
 
 from ..conftest import disturb, tiny_llama
 from ..kernels.conftest import peak_memory

@@ -13,12 +13,12 @@ from torch import nn
 
 from cola_fast import UserError, load_chain
 from cola_fast.cli import main
+from cola_fast.commands.report import dry_run, export_run, score_run
 from cola_fast.config import from_dict, load
-from cola_fast.data import load_data
-from cola_fast.heads import Head
-from cola_fast.models import load_model, load_tokenizer
-from cola_fast.report import dry_run, export_run, score_run
-from cola_fast.trainer import train
+from cola_fast.data.heads import Head
+from cola_fast.data.rows import load_data
+from cola_fast.training.models import load_model, load_tokenizer
+from cola_fast.training.trainer import train
 
 from ..conftest import snapshot
 from .conftest import sealed
@@ -130,8 +130,8 @@ def test_words_are_learned(config_file: Callable[..., str], word_files: dict[str
 
 
 def test_padding_and_the_batch_do_not_matter(config_file: Callable[..., str]) -> None:
-    from cola_fast.evaluate import evaluate
-    from cola_fast.prepare import read_data
+    from cola_fast.training.evaluate import evaluate
+    from cola_fast.training.prepare import read_data
 
     config = load(config_file(**TASK))
     model = load_model(config.model)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cola_fast import attach
-from cola_fast.adapters import read_adapter
+from cola_fast.chain.adapters import read_adapter
 
 from ..conftest import tiny_llama
 from .test_adapters import ADAPTERS, refused, save_adapter

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cola_fast import chat, json_file, watch
-from cola_fast.encode import IGNORE
+from cola_fast.data import chat_template, json_file, time_limit
+from cola_fast.data.encode import IGNORE
 from cola_fast.errors import UserError
 
 from .test_data import CHAT, MARKED, WORDS, _own_cache, load, tokenizer, write  # noqa: F401
@@ -136,8 +136,8 @@ def test_a_hostile_template_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     template, sentence = TEMPLATES[case]
-    monkeypatch.setattr(watch, "SECONDS", 0.5)
-    monkeypatch.setattr(watch, "MEMORY", 500 << 20)
+    monkeypatch.setattr(time_limit, "SECONDS", 0.5)
+    monkeypatch.setattr(time_limit, "MEMORY", 500 << 20)
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(UserError, match=sentence) as caught:
         load(tokenizer, write([{"messages": TALK}]))
@@ -147,9 +147,9 @@ def test_a_hostile_template_is_one_sentence(
 def test_every_row_has_the_whole_limit(tokenizer: Any, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     restarts: list[int] = []
-    monkeypatch.setattr(watch.Watch, "restart", lambda self: restarts.append(1) or setattr(self, "since", 1e9))
-    monkeypatch.setattr(watch, "_peak_memory", lambda: 0)
-    monkeypatch.setattr(watch.Watch, "peak", 0, raising=False)
+    monkeypatch.setattr(time_limit.Watch, "restart", lambda self: restarts.append(1) or setattr(self, "since", 1e9))
+    monkeypatch.setattr(time_limit, "_peak_memory", lambda: 0)
+    monkeypatch.setattr(time_limit.Watch, "peak", 0, raising=False)
     assert len(load(tokenizer, write([{"messages": TALK}] * 5)).train) == 5
     assert len(restarts) == 1 + 5
 
@@ -173,8 +173,8 @@ def test_a_long_conversation_is_rendered_as_far_as_it_is_looked_at(
     found = load(tokenizer, path, max_length=100).train[0]
     assert sum(rendered) < 4 * 3000
     rendered.clear()
-    looked_at = chat._looked_at
-    monkeypatch.setattr(chat, "_looked_at", lambda *arguments: looked_at(*arguments[:-1], 10**9))
+    looked_at = chat_template._looked_at
+    monkeypatch.setattr(chat_template, "_looked_at", lambda *arguments: looked_at(*arguments[:-1], 10**9))
     assert found == load(tokenizer, write([{"messages": TALK * 100}]), max_length=100).train[0]
     assert len(rendered) == 1 + 2 * 100  # all of them
     assert sum(label != IGNORE for label in found.labels) > 20
@@ -185,14 +185,14 @@ def test_a_long_conversation_with_generation_marks_too(
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", MARKED)
     kept: list[int] = []
-    looked_at = chat._looked_at
+    looked_at = chat_template._looked_at
 
     def counted(*arguments: Any) -> Any:
         pieces = looked_at(*arguments)
         kept.append(len(pieces))
         return pieces
 
-    monkeypatch.setattr(chat, "_looked_at", counted)
+    monkeypatch.setattr(chat_template, "_looked_at", counted)
     found = load(tokenizer, write([{"messages": TALK * 1500}]), max_length=100).train[0]
     assert kept[0] < 200
     assert found == load(tokenizer, write([{"messages": TALK * 100}]), max_length=100).train[0]

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cola_fast.batches import Feed
 from cola_fast.config import ModelConfig, TrainConfig
-from cola_fast.data import Data
-from cola_fast.encode import Example
+from cola_fast.data.batches import Feed
+from cola_fast.data.encode import Example
+from cola_fast.data.rows import Data
 from cola_fast.errors import UserError
-from cola_fast.models import context_length, load_empty_model, load_model, load_tokenizer
-from cola_fast.prepare import require_vocabulary
-from cola_fast.weights import refuse_not_finite
+from cola_fast.training.checkpoint_files import refuse_not_finite
+from cola_fast.training.models import context_length, load_empty_model, load_model, load_tokenizer
+from cola_fast.training.prepare import require_vocabulary
 
 from ..conftest import tiny_llama
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_fast import Chain, UserError, attach, config, load_chain, trainer
-from cola_fast.calibration import draw
+from cola_fast import Chain, UserError, attach, config, load_chain
+from cola_fast.chain.calibration import draw
 from cola_fast.config import ModelConfig
-from cola_fast.encode import Example
-from cola_fast.layer import LoRALinear
-from cola_fast.models import load_model
+from cola_fast.data.encode import Example
+from cola_fast.layers.layer import LoRALinear
+from cola_fast.training import trainer
+from cola_fast.training.models import load_model
 
 from ..conftest import disturb, tiny_llama
 from .test_chain import logits, relative

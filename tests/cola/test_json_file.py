@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cola_fast import json_file
-from cola_fast.encode import IGNORE
+from cola_fast.data import json_file
+from cola_fast.data.encode import IGNORE
 from cola_fast.errors import UserError
 
 from .test_data import WORDS, _own_cache, load, spoken, tokenizer, write  # noqa: F401

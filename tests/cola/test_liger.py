@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from cola_fast import attach, liger, load_chain, trainer
+from cola_fast import attach, load_chain
 from cola_fast.config import from_dict
-from cola_fast.logits import batch_loss, needed_logits
-from cola_fast.models import load_model
+from cola_fast.data.logits import batch_loss, needed_logits
+from cola_fast.training import liger, trainer
+from cola_fast.training.models import load_model
 
 from ..conftest import disturb, tiny_llama
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cola_fast import UserError, attach
 from cola_fast.config import ModelConfig
-from cola_fast.layer import LoRALinear
-from cola_fast.models import load_model
+from cola_fast.layers.layer import LoRALinear
+from cola_fast.training.models import load_model
 
 from ..conftest import disturb, tiny_llama
 from .test_chain import logits, relative

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cola_fast import UserError, attach
 from cola_fast.config import TrainConfig
 from cola_fast.methods import OPTIMIZER, Pair
-from cola_fast.optimizer import load_state, make_optimizer, set_lr
+from cola_fast.training.optimizer import load_state, make_optimizer, set_lr
 
 from .test_methods import chain_of, configured
 

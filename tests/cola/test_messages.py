@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from cola_fast.data.messages import with_objects
 from cola_fast.errors import UserError
-from cola_fast.messages import with_objects
 
 from .test_data import CHAT, MARKED, _own_cache, load, only, spoken, tokenizer, write  # noqa: F401
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_fast import Chain, attach, config, trainer
-from cola_fast.layer import LoRALinear
+from cola_fast import Chain, attach, config
+from cola_fast.chain.record import load_state as saved_state
+from cola_fast.chain.record import read_record
+from cola_fast.layers.layer import LoRALinear
 from cola_fast.methods import GRADIENT, INIT, STATE, Pair, Site
-from cola_fast.optimizer import load_state, make_optimizer, set_lr
-from cola_fast.record import load_state as saved_state
-from cola_fast.record import read_record
+from cola_fast.training import trainer
+from cola_fast.training.optimizer import load_state, make_optimizer, set_lr
 
 from ..conftest import tiny_llama
 from .test_methods import chain_of, configured, pretend_to_train

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_fast import Chain, UserError, attach, config, load_chain, trainer
+from cola_fast import Chain, UserError, attach, config, load_chain
 from cola_fast.config import Config, ModelConfig
-from cola_fast.layer import LoRALinear
+from cola_fast.layers.layer import LoRALinear
 from cola_fast.methods import AFTER_STEP, GRADIENT, METHODS, PERTURB, SLOTS, Step, table
-from cola_fast.models import load_model
-from cola_fast.optimizer import make_optimizer, set_lr
+from cola_fast.training import trainer
+from cola_fast.training.models import load_model
+from cola_fast.training.optimizer import make_optimizer, set_lr
 
 from ..conftest import tiny_llama
 from .test_chain import logits, relative
@@ -223,7 +224,7 @@ def test_every_method_learns(
 def test_a_dry_run_counts_what_will_train(
     name: str, config_file: Callable[..., str], raw_config: dict[str, Any], wide_folder: Path
 ) -> None:
-    from cola_fast.report import dry_run
+    from cola_fast.commands.report import dry_run
 
     run_config(name, raw_config, wide_folder)
     raw_config["chain"]["r"] = 3

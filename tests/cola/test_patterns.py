@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from cola_fast import attach, patterns
+from cola_fast import attach
 from cola_fast.errors import UserError
+from cola_fast.layers import name_patterns
 
 from ..conftest import tiny_llama
 
@@ -44,9 +45,9 @@ def draw(source: random.Random, depth: int) -> str:
 def test_patterns_as_people_write_them(pattern: str) -> None:
     expected = [name for name in NAMES if re.fullmatch(pattern, name)]
     assert 0 < len(expected) < len(NAMES)
-    assert list(filter(patterns.compile(pattern), NAMES)) == expected
+    assert list(filter(name_patterns.compile(pattern), NAMES)) == expected
     ends = re.compile(rf"(.*\.)?({pattern})$")
-    assert list(filter(patterns.compile_end(pattern), NAMES)) == list(filter(ends.match, NAMES))
+    assert list(filter(name_patterns.compile_end(pattern), NAMES)) == list(filter(ends.match, NAMES))
 
 
 def test_drawn_patterns_give_the_answer_of_re() -> None:
@@ -55,7 +56,7 @@ def test_drawn_patterns_give_the_answer_of_re() -> None:
     for _ in range(1500):
         pattern = draw(source, source.randrange(1, 5))
         names = ["".join(source.choice("abB.1_ ") for _ in range(source.randrange(1, 7))) for _ in range(5)]
-        found, expected = patterns.compile(pattern), re.compile(pattern)
+        found, expected = name_patterns.compile(pattern), re.compile(pattern)
         for name in names:
             answer = expected.fullmatch(name) is not None
             assert found(name) == answer, (pattern, name)
@@ -77,8 +78,8 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_pattern_takes_few_steps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`re` takes 2^30 steps and more for these."""
-    monkeypatch.setattr(patterns, "STEPS", 2000)
-    assert not patterns.compile(HOSTILE[case])("a" * 40)
+    monkeypatch.setattr(name_patterns, "STEPS", 2000)
+    assert not name_patterns.compile(HOSTILE[case])("a" * 40)
 
 
 REFUSED = {
@@ -97,8 +98,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_pattern_is_refused(case: str) -> None:
     pattern, sentence = REFUSED[case]
-    with pytest.raises(patterns.PatternError, match=sentence):
-        patterns.compile_end(pattern)("a" * 60)
+    with pytest.raises(name_patterns.PatternError, match=sentence):
+        name_patterns.compile_end(pattern)("a" * 60)
 
 
 @pytest.mark.parametrize("key", ["targets", "rank_pattern"])

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cola_fast import progress
-from cola_fast.progress import Progress
+from cola_fast.training import progress
+from cola_fast.training.progress import Progress
 
 
 @pytest.fixture

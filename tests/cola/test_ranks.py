@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_fast import UserError, attach, config, gelora_ranks, ranks, trainer
+from cola_fast import UserError, attach, config, gelora_ranks, ranks
+from cola_fast.layers.targets import block_of
 from cola_fast.ranks import block_ranks, two_nn
-from cola_fast.targets import block_of
+from cola_fast.training import trainer
 
 from ..conftest import tiny_llama
 

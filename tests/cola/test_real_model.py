@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import cola_fast
-from cola_fast import assets
+from cola_fast.commands import assets
 from cola_fast.config import ModelConfig
-from cola_fast.models import load_model, load_tokenizer
+from cola_fast.training.models import load_model, load_tokenizer
 
 BLOCKS = 3
 SENTENCES = ["The capital of France is Paris.", "a gorgeous , witty , seductive movie . It was"]

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from cola_fast import UserError, config, metrics, models, trainer
-from cola_fast.run import load_config
+from cola_fast import UserError, config
+from cola_fast.training import metrics, models, trainer
+from cola_fast.training.run import load_config
 
 from ..conftest import snapshot, tiny_llama
 

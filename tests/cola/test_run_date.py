@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from cola_fast import UserError, config, run, store
-from cola_fast.data import load_data
-from cola_fast.encode import Example
-from cola_fast.models import load_model, load_tokenizer
-from cola_fast.prepare import read_data
-from cola_fast.record import read_record
-from cola_fast.report import score_run
+from cola_fast import UserError, config, store
+from cola_fast.chain.record import read_record
+from cola_fast.commands.report import score_run
+from cola_fast.data.encode import Example
+from cola_fast.data.rows import load_data
+from cola_fast.training import run
+from cola_fast.training.models import load_model, load_tokenizer
+from cola_fast.training.prepare import read_data
 
 from ..conftest import snapshot
 from .conftest import sealed

@@ -19,9 +19,11 @@ import torch
 import yaml
 from torch import nn
 
-from cola_fast import UserError, attach, cli, config, load_chain, metrics, report, shortage, store, trainer
+from cola_fast import UserError, attach, cli, config, load_chain, store
+from cola_fast.chain.record import state_files
+from cola_fast.commands import report
 from cola_fast.errors import Note
-from cola_fast.record import state_files
+from cola_fast.training import metrics, out_of_memory, trainer
 
 from ..conftest import disturb, snapshot, tiny_llama
 from .test_resuming import train_until
@@ -117,7 +119,7 @@ def test_memory_that_runs_out_in_a_step(
     """The allocator refuses in step 3. The memory model knows what would fit; the run goes on when there is more."""
     path = config_file(schedule__links=1, schedule__steps=4, train__batch_size=12, train__save_every=1)
     plans = {rows: report.plan_run(config.load(path, [f"train.batch_size={rows}"])).need for rows in (12, 6, 3, 2)}
-    monkeypatch.setattr(shortage, "available", lambda device: int(plans[3].peak / shortage.SAFE) + 1)
+    monkeypatch.setattr(out_of_memory, "available", lambda device: int(plans[3].peak / out_of_memory.SAFE) + 1)
     calls: list[int] = []
 
     def refused(model: nn.Module, batch: Any) -> torch.Tensor:

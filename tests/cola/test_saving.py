@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from cola_fast import Chain, UserError, attach, load_chain, store, trainer
-from cola_fast.best import load_best, save_best
+from cola_fast import Chain, UserError, attach, load_chain, store
+from cola_fast.chain.best import load_best, save_best
+from cola_fast.chain.record import newest_state, read_record, state_files
 from cola_fast.errors import Note
-from cola_fast.record import newest_state, read_record, state_files
+from cola_fast.training import trainer
 
 from ..conftest import disturb, snapshot, tiny_llama
 from .test_trainer import hashes, rows, train

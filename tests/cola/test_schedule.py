@@ -6,7 +6,7 @@ import pytest
 
 from cola_fast.config import ScheduleConfig
 from cola_fast.errors import UserError
-from cola_fast.schedule import plan
+from cola_fast.training.schedule import plan
 
 
 def make(**keys: object) -> ScheduleConfig:

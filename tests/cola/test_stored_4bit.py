@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from cola_fast import ChainCallback, UserError, attach, cli, config
-from cola_fast.report import dry_run, score_run
-from cola_fast.trainer import train
+from cola_fast.commands.report import dry_run, score_run
+from cola_fast.training.trainer import train
 
 from ..conftest import disturb
 from .trainer_runs import token_rows

@@ -18,12 +18,13 @@ import pytest
 import torch
 import yaml
 
-from cola_fast import UserError, config, metrics, store, trainer
-from cola_fast.best import load_best
-from cola_fast.construct import load_chain
-from cola_fast.models import load_model
-from cola_fast.record import load_state, read_record
-from cola_fast.report import dry_run
+from cola_fast import UserError, config, store
+from cola_fast.chain.attach import load_chain
+from cola_fast.chain.best import load_best
+from cola_fast.chain.record import load_state, read_record
+from cola_fast.commands.report import dry_run
+from cola_fast.training import metrics, trainer
+from cola_fast.training.models import load_model
 
 from ..conftest import snapshot
 
@@ -82,10 +83,10 @@ def test_the_same_seed_gives_the_same_links(config_file: Callable[..., str], tmp
 def test_one_link_is_plain_lora(config_file: Callable[..., str], tmp_path: Path) -> None:
     """The loop's first link equals a LoRA fine-tune written out by hand."""
     from cola_fast import attach
-    from cola_fast.batches import Feed
-    from cola_fast.data import load_data
-    from cola_fast.logits import batch_loss, needed_logits
-    from cola_fast.models import context_length, load_tokenizer
+    from cola_fast.data.batches import Feed
+    from cola_fast.data.logits import batch_loss, needed_logits
+    from cola_fast.data.rows import load_data
+    from cola_fast.training.models import context_length, load_tokenizer
 
     path = config_file(schedule__links=1, schedule__steps=5, chain__dropout=0, train__clip=None)
     train(path)
@@ -180,9 +181,9 @@ def test_early_stop_ties_and_ends(config_file: Callable[..., str], tmp_path: Pat
 
 def test_best_checkpoint(config_file: Callable[..., str], tmp_path: Path) -> None:
     """After a good start the learning rate wrecks the model; the best point is kept and can be loaded."""
-    from cola_fast.data import load_data
-    from cola_fast.evaluate import evaluate
-    from cola_fast.models import context_length, load_tokenizer
+    from cola_fast.data.rows import load_data
+    from cola_fast.training.evaluate import evaluate
+    from cola_fast.training.models import context_length, load_tokenizer
 
     path = config_file(schedule__steps=40, schedule__lr=0.3, train__eval_every=2, schedule__lr_shape="constant")
     result = train(path)

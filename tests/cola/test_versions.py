@@ -9,7 +9,7 @@ import pytest
 
 from cola_fast import ChainCallback, UserError, accelerate_peft, attach
 from cola_fast.config import ModelConfig
-from cola_fast.models import load_model
+from cola_fast.training.models import load_model
 
 from .conftest import tiny_llama
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cola_fast import attach
-from cola_fast.factors import Factors
-from cola_fast.vllm import vllm_notes
+from cola_fast.chain.vllm import vllm_notes
+from cola_fast.layers.factors import Factors
 
 from ..conftest import disturb, tiny_llama
 

@@ -18,13 +18,15 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from cola_fast import UserError, bases, cli, config, metrics, world
-from cola_fast.data import Data
-from cola_fast.encode import Example
-from cola_fast.factors import Factors
-from cola_fast.layer import LoRALinear
-from cola_fast.prepare import prepare
-from cola_fast.sharding import Rows
+from cola_fast import UserError, cli, config, world
+from cola_fast.chain import bases
+from cola_fast.data.encode import Example
+from cola_fast.data.rows import Data
+from cola_fast.layers.factors import Factors
+from cola_fast.layers.layer import LoRALinear
+from cola_fast.layers.sharding import Rows
+from cola_fast.training import metrics
+from cola_fast.training.prepare import prepare
 
 from ..conftest import tiny_llama
 from .conftest import sealed

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cola_fast import ChainCallback, UserError, attach, load_chain
-from cola_fast.layer import LoRALinear
+from cola_fast.layers.layer import LoRALinear
 
 from ..conftest import snapshot, tiny_llama
 

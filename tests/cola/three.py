@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cola_fast.grouping import Grouping
-from cola_fast.layer import LoRALinear
+from cola_fast.layers.grouping import Grouping
+from cola_fast.layers.layer import LoRALinear
 
 
 def separate(model: nn.Module) -> nn.Module:

@@ -33,7 +33,8 @@ import trl
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import cola_fast
-from cola_fast import callback, checkpoint
+from cola_fast.chain import copies
+from cola_fast.training import callback
 from tests.cola.trainer_runs import CHAT_TEMPLATE, COMMON, labelled_rows, token_rows
 
 transformers.utils.logging.disable_progress_bar()
@@ -58,7 +59,7 @@ class Killer(TrainerCallback):
             class DyingOs:
                 rename = staticmethod(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
-            checkpoint.os = DyingOs  # type: ignore[assignment]
+            copies.os = DyingOs  # type: ignore[assignment]
 
 
 def train(command: dict[str, Any]) -> None:

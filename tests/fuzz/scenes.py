@@ -21,7 +21,9 @@ import safetensors.torch
 import torch
 import yaml
 
-from cola_fast import UserError, attach, cli, config, plot, report, store, trainer
+from cola_fast import UserError, attach, cli, config, store
+from cola_fast.commands import report
+from cola_fast.training import plot, trainer
 
 from ..conftest import disturb, snapshot, tiny_llama
 from . import damage, forked

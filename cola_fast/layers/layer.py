@@ -1,0 +1,217 @@
+"""`LoRALinear`: a linear layer whose frozen weight carries an open LoRA link.
+
+A linear becomes a LoRALinear by changing its class, and goes back the same way. The object stays the one the model,
+its hooks and its state dict already know: nothing is re-registered, copied or renamed, and `weight` keeps its storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cola_kernels import merge_, nf4_dequantize
+
+from ..errors import UserError
+from .grouping import Grouping, Operands
+from .obstacles import obstacle
+from .output_gate import row_squares
+from .sharding import is_sharded, whole
+
+BUFFERS = ("ledger_A", "ledger_B", "row_squares")
+GATES = ("lora_e", "lora_magnitude")
+PARTS = ("lora_A", "lora_B", *GATES)  # what a link trains, gates only if it has them
+
+
+class LoRALinear(nn.Linear):
+    """`y = x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ + bias`: W [N, K] and bias frozen, lora_A [R, K] and lora_B [N, R] trained.
+
+    A link may also train gates: lora_e [R] on the inner product, or lora_magnitude [N], from which DoRA's gate on the
+    output comes, see `layers.output_gate`. W is dense, or the NF4 weight of a bitsandbytes Linear4bit. Between `close`
+    and `open` there is no link and it is the plain linear. Dropout acts in training mode only. Layers of one `grouping`
+    that read the same x run as one op and share a dropout mask, see `layers.grouping`.
+    """
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    lora_e: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
+    row_squares: Tensor | None  # [N], of the weight; with lora_magnitude
+    ledger_A: Tensor | None  # [sum of R, K], sealed links that stay beside the weight, see `chain.bases`
+    ledger_B: Tensor | None  # [N, sum of R], scales included
+    scale: float
+    dropout: float
+    folded: int  # sealed links that are part of the base; makes folding idempotent
+    grouping: Grouping
+    plain: type[nn.Linear]  # the class it came from
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, name: str = "the module", grouping: Grouping | None = None) -> LoRALinear:
+        """Turn `linear` into a LoRALinear, in place. Raises UserError where there is an `obstacle`."""
+        if isinstance(linear, cls):
+            raise UserError(f"{name} already belongs to a chain: call chain.detach() before attaching another.")
+        found = obstacle(linear)
+        if found is not None:
+            raise UserError(f"{name} {found}")
+        plain = type(linear)
+        layer = cast(LoRALinear, linear)
+        layer.__class__ = cls
+        layer.plain = plain
+        for key in PARTS:
+            layer.register_parameter(key, None)
+        for key in BUFFERS:
+            layer.register_buffer(key, None, persistent=False)
+        layer.scale = layer.dropout = 0.0
+        layer.folded = 0
+        layer.grouping = grouping or Grouping()
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """Back to the plain linear, with whatever has been folded into its weight, but without a ledger."""
+        self.close()
+        linear = cast(nn.Linear, self)
+        linear.__class__ = self.plain
+        for key in (*PARTS, *BUFFERS, "scale", "dropout", "folded", "grouping", "plain"):
+            delattr(linear, key)
+        return linear
+
+    @property
+    def ledger(self) -> tuple[Tensor, Tensor] | None:
+        """A [sum of R, K] and B [N, sum of R] of the sealed links beside the weight, if there are any."""
+        return None if self.ledger_A is None or self.ledger_B is None else (self.ledger_A, self.ledger_B)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype the base is used in: an NF4 weight's is that of the weight it was quantised from."""
+        state: Any = getattr(self.weight, "quant_state", None)
+        return self.weight.dtype if state is None else state.dtype
+
+    def dense_weight(self) -> Tensor:
+        """`[N, K]`: the weight with every sealed link in it, in `compute_dtype`. A copy, but for a dense weight without
+        a ledger. The ledger is rounded stochastically, always with the same draws."""
+        weight = nf4_dequantize(self.weight, self.compute_dtype) if is_nf4(self) else whole(self.weight.detach())
+        if self.ledger is not None:
+            weight = weight if is_nf4(self) else weight.clone()
+            merge_(weight, *self.ledger, 1.0, rounding="stochastic")
+        return weight
+
+    def open(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        scale: float,
+        dropout: float,
+        e: Tensor | None = None,
+        magnitude: Tensor | None = None,
+    ) -> None:
+        """Start a link from a [R, K], b [N, R] and its gates; they become parameters on the weight's device.
+
+        Raises UserError for a magnitude on a weight that is spread over processes: its rows' norms need all of it.
+        """
+        if magnitude is not None and is_sharded(self.weight):
+            raise UserError("A gate on the output (DoRA) needs whole weights, but the model is sharded: leave out one.")
+        for key, value in zip(PARTS, (a, b, e, magnitude), strict=True):
+            setattr(self, key, None if value is None else nn.Parameter(value.to(self.weight.device)))
+        self.row_squares = None if magnitude is None else row_squares(self.weight)
+        self.scale, self.dropout = scale, dropout
+        self.grouping.forget(self)
+
+    def close(self) -> None:
+        self.lora_A = self.lora_B = self.lora_e = self.lora_magnitude = self.row_squares = None
+        self.grouping.forget(self)
+
+    def operands(self) -> Operands | None:
+        """Of the op this layer is; None without a link."""
+        a, b = self.lora_A, self.lora_B
+        if a is not None and b is not None:
+            dropout = self.dropout if self.training else 0.0
+            gates = self.lora_e, self.lora_magnitude, self.row_squares
+            return Operands(self.weight, a, b, self.scale, self.bias, dropout, self.ledger_A, self.ledger_B, *gates)
+        return None if self.ledger is None else Operands(self.weight, *self.ledger, 1.0, self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        operands = self.operands()
+        if operands is None:
+            if not is_nf4(self):
+                return F.linear(input, self.weight, self.bias)
+            bias = None if self.bias is None else self.bias.to(input.dtype)  # bitsandbytes may keep it in another
+            return F.linear(input, nf4_dequantize(self.weight, input.dtype), bias)
+        return operands.complete(self.grouping(self, operands, input), input)
+
+    def rescales(self) -> bool:
+        """Whether a gate on the output has been trained: the weight's rows are to be of other lengths."""
+        if self.lora_magnitude is None or self.row_squares is None:
+            return False
+        return not torch.equal(self.lora_magnitude.detach(), self.row_squares.sqrt().to(self.lora_magnitude.dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
+        """`model.half()` and the like: squares of rows are fp32 at least, whatever becomes of the weight."""
+        super()._apply(fn, recurse)
+        if self.row_squares is not None:
+            self.row_squares = row_squares(self.weight)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """With what a 4-bit weight needs to be read again, under the names that bitsandbytes gives it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state: Any = getattr(self.weight, "quant_state", None)
+        if state is not None:
+            for key, value in state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def extra_repr(self) -> str:
+        rank = "no open link" if self.lora_A is None else f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
+        return f"{super().extra_repr()}, {rank}"
+
+
+def wrap_all(modules: Mapping[str, nn.Linear], grouping: Grouping) -> dict[str, LoRALinear]:
+    """Turn linears into LoRALinears of one grouping, in place: all, or with a UserError none."""
+    done: dict[str, LoRALinear] = {}
+    try:
+        for name, module in modules.items():
+            done[name] = LoRALinear.from_linear(module, name, grouping)
+    except UserError:
+        for layer in done.values():
+            layer.to_linear()
+        raise
+    return done
+
+
+def is_nf4(linear: nn.Module) -> bool:
+    """Whether its weight is 4-bit and knows how it was quantised, as bitsandbytes' are."""
+    return hasattr(linear.weight, "quant_state")
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """Links are kept in fp32, so that AdamW's small steps are not rounded away; fp64 for an fp64 model."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def forbid_repacking(model: nn.Module) -> list[nn.Module]:
+    """In eval mode on a CPU, bitsandbytes would repack 4-bit weights in place, which rounds their scales, and lets no
+    gradient through from then on. Returns the modules that were about to.
+
+    Raises UserError for a weight that it has repacked already.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UserError(
+                f"{name} has run in eval mode, for which it was repacked by bitsandbytes on the CPU, which rounded its "
+                "scales and lets no gradient through: load the model again, or call cola_kernels.unpack_nf4_ on every "
+                "such weight to go on with the rounded scales."
+            )
+    key = "support_avx512bf16_for_cpu"
+    found = [module for module in model.modules() if getattr(module, key, False)]
+    for module in found:
+        setattr(module, key, False)
+    return found
+
+
+def allow_repacking(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        setattr(module, "support_avx512bf16_for_cpu", True)  # noqa: B010

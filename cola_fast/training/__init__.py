@@ -1,0 +1,1 @@
+"""Training a chain: our trainer, the callback for others, and what a run needs."""

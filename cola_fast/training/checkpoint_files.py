@@ -1,0 +1,131 @@
+"""Is a checkpoint whole? Which files it is read from, what was missing in them, and whether the numbers are numbers.
+
+transformers fills in what is missing with random numbers and reads whatever file an index names. Neither is an error
+to it, so both are looked for here, before and after it loads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, listed, shown, told
+
+INDEX = ".safetensors.index.json"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LAYERS = 10_000  # more than any model has; transformers would make them all before it looks at the weights
+
+
+def check_settings(name: str, settings: Any) -> None:
+    """Raises UserError for a config.json that asks for what cannot be loaded, or for more than memory holds."""
+    layers = getattr(settings, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > LAYERS:
+        raise UserError(f"The config.json of {name} has num_hidden_layers {shown(layers)}: a model has fewer.")
+    given: Any = getattr(settings, "quantization_config", None)
+    if given is None:
+        return
+    keys = given if isinstance(given, Mapping) else vars(given)
+    kind = str(keys.get("bnb_4bit_quant_type", "fp4")).lower()
+    if keys.get("load_in_8bit") or keys.get("_load_in_8bit"):
+        kind = "8 bits"
+    elif not (keys.get("load_in_4bit") or keys.get("_load_in_4bit")):
+        kind = shown(keys.get("quant_method"))
+    if kind != "nf4":
+        raise UserError(
+            f"The weights of {name} are quantised to {kind}, but a chain is trained on weights that are not quantised "
+            "or on bitsandbytes' NF4: give the original model, and set model.load_in_4bit for NF4."
+        )
+
+
+def refuse_other_files(name: str, settings: Any, find: Callable[[str], str | None]) -> None:
+    """Raises UserError if transformers would read weights that are no safetensors, or lie elsewhere.
+
+    find: file name -> where the checkpoint's file of that name is; None if it has none.
+    """
+    if find("adapter_config.json") is not None:
+        raise UserError(
+            f"{name} holds a PEFT adapter (adapter_config.json): give the model that it was made for, or one that it "
+            "is merged into."
+        )
+    explicit = getattr(settings, "transformers_weights", None)
+    if explicit is not None:
+        _require_safetensors(f"The config.json of {name}", explicit, also=INDEX)
+    named = explicit if isinstance(explicit, str) and explicit.endswith(INDEX) else f"model{INDEX}"
+    index = find(named)
+    if index is None:
+        return
+    with told(f"{index} is no index of weights"):
+        files = set(json.loads(Path(index).read_bytes())["weight_map"].values())
+    for file in files:
+        _require_safetensors(index, file)
+
+
+def _require_safetensors(where: str, file: Any, also: str = ".safetensors") -> None:
+    if not isinstance(file, str) or not file.endswith((".safetensors", also)):
+        raise UserError(f"{where} names {shown(file)} as weights, but only .safetensors files are read: convert them.")
+    for path in (PurePosixPath(file), PureWindowsPath(file)):
+        if path.is_absolute() or path.drive or ".." in path.parts:
+            raise UserError(f"{where} names {shown(file)} as weights, which lies outside the model's folder: not read.")
+
+
+def refuse_incomplete(name: str, report: Mapping[str, Collection[Any]]) -> None:
+    """Raises UserError if the loading report of transformers names tensors that are missing or of another shape."""
+    wrong = sorted(
+        f"{key} ({_size(found)} instead of {_size(wanted)})" for key, found, wanted in report["mismatched_keys"]
+    )
+    if wrong:
+        raise UserError(f"The weights of {name} do not fit its config.json: {listed(wrong, 3)}. Give the right one.")
+    missing = sorted(report["missing_keys"])
+    if not missing:
+        return
+    unused = sorted(report["unexpected_keys"])
+    raise UserError(
+        f"The weights of {name} lack {len(missing)} tensors of the model ({listed(missing, 3)}), which would be "
+        "random: give a whole checkpoint of such a model."
+        + (f" It has {len(unused)} others ({listed(unused, 3)}){_why(missing, unused)}." if unused else "")
+    )
+
+
+def _size(shape: Any) -> str:
+    return " x ".join(map(str, shape)) or "one number"
+
+
+def _why(missing: Collection[str], unused: Collection[str]) -> str:
+    """What makes a missing name of one that is not used: `module.`, which DataParallel puts in front, and the like."""
+    for other in unused:
+        for key in missing:
+            if other.endswith(f".{key}"):
+                return f", with {other.removesuffix(key)} in front: take that off"
+            if key.endswith(f".{other}"):
+                return f", without {key.removesuffix(other)} in front: put that there"
+    return ""
+
+
+def refuse_not_finite(name: str, model: nn.Module) -> None:
+    """Raises UserError for weights that are NaN or infinite; of 4-bit weights it looks at the scales. Every number is
+    read once, as fast as memory gives it."""
+    tensors = {key: part for full, tensor in model.named_parameters() for key, part in _parts(full, tensor).items()}
+    checked = {key: t for key, t in tensors.items() if t.dtype in FLOATS and t.numel() and not t.is_meta}
+    finite = {key: torch.stack(torch.aminmax(t.detach())).isfinite().all() for key, t in checked.items()}
+    bad = [key for key, fine in finite.items() if not bool(fine)]
+    if bad:
+        raise UserError(
+            f"The weights of {name} hold NaN or infinite numbers in {len(bad)} tensors ({listed(bad, 3)}): give a "
+            "checkpoint that is whole, or load it in a wider dtype if it was saved in one."
+        )
+
+
+def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The numbers that a parameter stands for: itself, or the scales that bitsandbytes quantised it with."""
+    state: Any = getattr(tensor, "quant_state", None)
+    if state is None:
+        return {name: tensor}
+    scales = {"absmax": state.absmax, "offset": state.offset}
+    if state.nested:
+        scales["nested_absmax"] = state.state2.absmax
+    return {f"{name}.{key}": scale for key, scale in scales.items() if isinstance(scale, Tensor)}
