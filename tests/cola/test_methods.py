@@ -262,8 +262,8 @@ def test_an_unknown_name_lists_the_known_ones(slot: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"init": "pisa"}, r"chain.init is 'pisa', but must be one of .* Did you mean pissa"),
-        ({"scaling": "rs"}, r"chain.scaling is 'rs'"),
+        ({"init": "pisa"}, r"^init is 'pisa', but must be one of .* Did you mean pissa"),
+        ({"scaling": "rs"}, r"^scaling is 'rs'"),
         ({"frozen": "c"}, r"frozen is 'c', but must be 'a', 'b' or None"),
         ({"share": 0.0}, r"share is 0.0"),
         ({"carry": 2.0}, r"carry is 2.0"),
