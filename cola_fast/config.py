@@ -18,6 +18,7 @@ import yaml
 from . import config_tree, plain_yaml
 from .errors import UserError, reason, shown
 from .methods import SLOTS, preset
+from .methods.options import ChainOptions
 
 LONGEST = 1_000_000  # characters of a configuration file
 
@@ -64,26 +65,11 @@ class GeLoRAConfig:
 
 
 @dataclass(frozen=True)
-class ChainConfig:
+class ChainConfig(ChainOptions):
     method: str | tuple[str, ...] = "cola"  # one or several of `cola methods`; each fills in defaults for other keys
-    r: int = 8
-    alpha: float = 16.0
-    scaling: str = "lora"  # lora: scale = alpha / R; rslora: alpha / sqrt(R); constant: alpha / r
-    dropout: float = 0.0
-    targets: str | tuple[str, ...] = ("q_proj", "v_proj")  # module names, "all-linear", or a regular expression
-    train_also: str | tuple[str, ...] = ()  # modules trained whole beside the links: heads, embeddings, norms
-    train_tokens: tuple[int, ...] = ()  # tokens whose rows of the embeddings, and of the head, are trained beside them
     ranks: str = "uniform"  # uniform or gelora
-    rank_pattern: dict[str, int] | None = None  # module name or pattern -> rank
     gelora: GeLoRAConfig = field(default_factory=GeLoRAConfig)
-    init: str = "kaiming"  # how a link starts: kaiming, pissa, olora, carry, eva, lora-ga or loftq
-    carry: float = 0.0  # init: carry: the share of a link that the next one starts from
     calibration: int = 32  # init: eva or lora-ga: training examples that each link's start looks at
-    frozen: Literal["a", "b"] | None = None  # the factor that is not trained
-    share: float = 1.0  # of the blocks, drawn anew for each link, that it covers
-    gate: str | None = None  # what a link trains beside A and B: adalora, sora (on the rank) or dora (on the output)
-    base: Literal["auto", "dense", "nf4", "ledger"] = "auto"  # where tied links live: in the weights, or beside them
-    rounding: Literal["auto", "nearest", "stochastic"] = "auto"  # how a tie rounds into 16-bit or 4-bit weights
 
 
 @dataclass(frozen=True)
@@ -212,17 +198,13 @@ def validate(config: Config) -> None:
     _require(bool(config.model.name), "model.name is missing: name a folder or a model on the hub.")
     _require(bool(d.train), "data.train is missing: name a jsonl, csv or parquet file or a hub data set.")
     _validate_task(config)
-    _require(c.r >= 1, f"chain.r is {c.r}, but a rank is at least 1.")
-    for name, rank in (c.rank_pattern or {}).items():
-        _require(rank >= 1, f"chain.rank_pattern gives {name} rank {rank}, but a rank is at least 1.")
-    _require(0 < c.alpha < 1e30, f"chain.alpha is {c.alpha}, but it must be positive, and a number in 32 bits.")
+    c.check("chain.")
     for slot in SLOTS:
         section, key = slot.key.split(".")
         name = getattr(getattr(config, section), key)
         if name is not None:
             slot.choose(name)
-    _require(0 < c.share <= 1, f"chain.share is {c.share}, but it is a share of the blocks, above 0 and at most 1.")
-    for where, share in (("chain.carry", c.carry), ("schedule.prune", s.prune), ("schedule.lr_end", s.lr_end)):
+    for where, share in (("schedule.prune", s.prune), ("schedule.lr_end", s.lr_end)):
         _require(0 <= share <= 1, f"{where} is {share}, but it is a share between 0 and 1.")
     _require(
         s.rewarm == 0 or s.lr_span == "global",
@@ -256,7 +238,6 @@ def validate(config: Config) -> None:
     _require(c.ranks == "uniform" or s.ranks is None, sentence)
     mean = c.gelora.mean_rank
     _require(mean is None or mean >= 1, f"chain.gelora.mean_rank is {mean}, but a rank is at least 1.")
-    _require(0 <= c.dropout < 1, f"chain.dropout is {c.dropout}, but it must be at least 0 and less than 1.")
     _require(len(c.targets) > 0, "chain.targets is empty: name at least one module, or all-linear.")
     _require(
         1 <= s.links <= 10_000, f"schedule.links is {s.links}, but a chain has at least 1 link and at most 10,000."

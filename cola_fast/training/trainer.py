@@ -45,6 +45,7 @@ from .models import checkpoint_activations, load_tokenizer
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, next_state, set_lr, state_of
 from .prepare import (
+    chain_options,
     check_batches,
     choose_ranks,
     load_base,
@@ -53,7 +54,6 @@ from .prepare import (
     prepare,
     read_data,
     rehearse,
-    train_also,
 )
 from .progress import SECONDS_BETWEEN_LINES, Progress
 from .run import Run
@@ -120,14 +120,10 @@ def train(config: Config, *, quiet: bool = False) -> Result:
                     note(f"{passed[0]} Going on from step {at.step}: the links will be the same.")
                 chain = rebuild(model, run.path, record, state)
             else:
-                c = config.chain
-                pattern = choose_ranks(config, model, data, 0) or c.rank_pattern
                 chain = attach(
-                    model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
-                    seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
-                    scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry, gate=c.gate,
-                    batches=looked_at(config, data, 0), original=original_model(config),
-                    train_also=train_also(config, model), train_tokens=c.train_tokens,
+                    model, chain_options(config, model, data), seed=config.train.seed,
+                    first_rank=schedule.spans[0].rank, batches=looked_at(config, data, 0),
+                    original=original_model(config),
                 )  # fmt: skip
             for span in schedule.spans:
                 chain.ranks(span.rank)
