@@ -50,15 +50,17 @@ def attach(
     """Freeze `model` and open link 0 on the targeted linears. The model's function does not change.
 
     Args:
-        r, alpha: rank and alpha of a link; its scale is alpha / R, R being the module's own rank, see `scaling`.
+        r: rank of a link.
+        alpha: of a link; its scale is alpha / R, R being the module's own rank, see `scaling`.
         targets: names (`q_proj`), `"all-linear"`, or a regular expression over full module names.
         dropout: on the low-rank branch, in training mode.
-        base, rounding: how tied links are kept, see `chain.bases`.
+        base: where tied links are kept, see `chain.bases`.
+        rounding: of a tie: nearest, or stochastic, which `auto` is; see `chain.bases`.
         seed: of the links' initial values and of stochastic rounding.
         rank_pattern: module name or pattern -> rank, over `r`.
         first_rank: rank of link 0 if it is not `r`, as in a step-down.
-        init, scaling: names from `methods`: how a link starts (kaiming, pissa, olora, carry, eva, lora-ga,
-            loftq), and its scale (lora: alpha / R, rslora: alpha / sqrt(R), constant: alpha / r).
+        init: a name from `methods`: how a link starts (kaiming, pissa, olora, carry, eva, lora-ga, loftq).
+        scaling: a name from `methods`: its scale (lora: alpha / R, rslora: alpha / sqrt(R), constant: alpha / r).
         frozen: "a" or "b", the factor that is not trained.
         share: of the blocks, drawn anew for each link, that it covers.
         carry: with init="carry", the share of a link that the next one starts from.
