@@ -40,12 +40,7 @@ def attach(
 
     Args:
         options: a chain's options as one object, or each as an argument: `attach(model, r=8, targets="all-linear")`.
-            r, alpha: rank and alpha of a link; its scale is alpha / R, R being the module's own rank, see `scaling`.
-            targets: names (`q_proj`), `"all-linear"`, or a regular expression over full module names.
-            train_also: modules that are trained whole beside the links, by name, end of a name or regular expression;
-            see `chain.beside`. A head that no checkpoint has belongs here. train_tokens: tokens whose rows of the
-            embeddings, and of the output head, are trained, such as those that `resize_token_embeddings` has made room
-            for. base, rounding: how tied links are kept, see `chain.bases`. All are in `methods.options`.
+            They and their defaults are in `methods.options`, and the keys of a configuration's section `chain`.
         seed: of the links' initial values and of stochastic rounding.
         first_rank: rank of link 0 if it is not `r`, as in a step-down.
         batches: with init="eva" or "lora-ga", a few training batches to look at, for this link and later ones: what
