@@ -9,9 +9,12 @@ from typing import Any
 import griffe
 
 
+SECTIONS = ("cola_fast.config", "cola_fast.methods.options")
+
+
 class Comments(griffe.Extension):
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        if attr.docstring is not None or attr.module.path != "cola_fast.config" or attr.lineno is None:
+        if attr.docstring is not None or attr.module.path not in SECTIONS or attr.lineno is None:
             return
         lines = attr.lines_collection[attr.filepath][attr.lineno - 1 : attr.endlineno]
         tokens = tokenize.generate_tokens(io.StringIO("\n".join(lines).strip() + "\n").readline)
