@@ -15,7 +15,7 @@ liger = ["liger-kernel>=0.8; platform_system == 'Linux'"]
 loggers = ["tensorboard>=2.14", "trackio>=0.2"]
 tests = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-tqdm"]
 
-ROOMS = ("chain", "commands", "data", "layers", "methods", "training")
+ROOMS = ("chain", "commands", "data", "layers", "layers.weights", "methods", "training")
 
 setup(
     name="cola_fast",
