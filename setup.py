@@ -16,7 +16,7 @@ loggers = ["tensorboard>=2.14", "trackio>=0.2"]
 docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1.0", "ruff>=0.9"]
 tests = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-tqdm"]
 
-ROOMS = ("chain", "commands", "data", "layers", "methods", "training")
+ROOMS = ("chain", "commands", "data", "layers", "layers.weights", "methods", "training")
 
 setup(
     name="cola_fast",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cola_fast import accelerate_peft, restore_peft
 from cola_fast.config import Config
 from cola_fast.data.encode import Example
-from cola_fast.layers.layer import is_nf4
+from cola_fast.layers import weights
 from cola_fast.training.models import resolve_dtype
 from cola_kernels import nf4_dequantize
 
@@ -128,7 +128,7 @@ def _in_fp64(model: nn.Module, config: Config) -> nn.Module:
     truth: nn.Module = trainers.peft_model(dense).train().double()
     for name, module in model.named_modules():
         for key, value in module.named_parameters(recurse=False):
-            quantised = key == "weight" and is_nf4(module)
+            quantised = key == "weight" and weights.of(module).quantised
             exact = nf4_dequantize(value, torch.float32) if quantised else value.detach()
             truth.get_submodule(name).get_parameter(key).data.copy_(exact)
     return truth

@@ -28,7 +28,7 @@ from cola_fast.config import Config
 from cola_fast.data.batches import Batch
 from cola_fast.data.logits import batch_loss, needed_logits
 from cola_fast.data.rows import Data, load_data
-from cola_fast.layers.layer import forbid_repacking
+from cola_fast.layers import weights
 from cola_fast.training.evaluate import evaluate
 from cola_fast.training.models import context_length, load_model, load_tokenizer
 from cola_fast.training.prepare import prepare
@@ -139,7 +139,7 @@ def _peft(config: Config) -> dict[str, Any]:
             wrapped.save_pretrained(str(adapter))
         before = score(wrapped.get_base_model().eval())
         model = wrapped.merge_and_unload()
-        forbid_repacking(model)  # PEFT makes new layers
+        weights.hold(model)  # PEFT makes new layers
         knots.append({"link": span.index + 1, "before": before, "after": score(model)})
         first += span.steps
     return {"knots": knots}

@@ -20,7 +20,7 @@ from cola_fast.chain.bases import choose_base
 from cola_fast.commands.demo import demo_config
 from cola_fast.config import Config
 from cola_fast.data.rows import load_data
-from cola_fast.layers.layer import forbid_repacking
+from cola_fast.layers import weights
 from cola_fast.training.evaluate import Score, evaluate
 from cola_fast.training.models import context_length, load_model, load_tokenizer
 from cola_fast.training.trainer import train
@@ -83,7 +83,7 @@ def _merged_by_peft(config: Config, adapter: Path) -> nn.Module:
     from peft import PeftModel
 
     merged: nn.Module = PeftModel.from_pretrained(load_model(config.model), str(adapter)).merge_and_unload()
-    forbid_repacking(merged)  # PEFT makes new layers
+    weights.hold(merged)  # PEFT makes new layers
     return merged
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import griffe
 
-
 SECTIONS = ("cola_fast.config", "cola_fast.methods.options")
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .. import store
 from ..errors import UserError, listed, shown, told
+from ..layers import weights
 from ..layers.layer import LoRALinear
-from ..layers.sharding import is_sharded
 from ..layers.targets import matching, output_heads
 from ..layers.trained_modules import ROWS, Changed, Wide, WithRows, become, go_back
 from .peft_format import TOKEN_ROWS, Also
@@ -278,13 +278,12 @@ def embeddings(model: nn.Module) -> list[nn.Module]:
 
 
 def _require_trainable(name: str, module: nn.Module) -> None:
-    parameters = dict(module.named_parameters())
+    parameters = dict(weights.in_model(module))
     if not parameters:
         raise UserError(f"train_also has {name}, a {type(module).__name__} without parameters: leave it out.")
-    for key, p in parameters.items():
-        if not p.is_floating_point() or hasattr(p, "quant_state") or is_sharded(p):
-            kind = "spread over several processes" if is_sharded(p) else "quantised"
-            raise UserError(f"train_also has {name}, whose {key} is {kind} and cannot be trained: leave it out.")
+    for key, weight in parameters.items():
+        if (why := weight.untrainable()) is not None:
+            raise UserError(f"train_also has {name}, whose {key} is {why} and cannot be trained: leave it out.")
     if any(isinstance(inner, LoRALinear) for inner in module.modules()):
         raise UserError(f"train_also has {name}, which has links already: leave it out.")
 
@@ -298,7 +297,7 @@ def _tokens(model: nn.Module, tokens: Sequence[int]) -> list[int]:
     if not found or not isinstance(found[0], nn.Embedding):
         raise UserError("train_tokens has tokens, but the model has no embedding of tokens: leave it out.")
     weight = found[0].weight
-    if is_sharded(weight) or not weight.is_floating_point():
+    if weights.of(found[0]).untrainable() is not None:
         raise UserError("train_tokens has rows of embeddings that are sharded or quantised: leave it out.")
     if not 0 <= min(tokens) <= max(tokens) < len(weight):
         wrong = min(tokens) if min(tokens) < 0 else max(tokens)

@@ -22,9 +22,10 @@ from torch import nn
 
 from .. import store, world
 from ..errors import UserError, note, shown
+from ..layers import weights
 from ..layers.factors import Factors
 from ..layers.grouping import Grouping
-from ..layers.layer import PARTS, allow_repacking, forbid_repacking, wrap_all
+from ..layers.layer import PARTS, wrap_all
 from ..layers.targets import short_targets
 from ..layers.torch_modes import plainly
 from ..methods import Pair
@@ -67,7 +68,7 @@ class Chain:
         self.batches: list[Any] = []  # what an init that starts from data looks at
         self.waiting: list[SealedLink] = []  # sealed links of a loaded chain that have not been folded yet
         self.grouping = Grouping()
-        self._repacking = forbid_repacking(model)
+        self._held = weights.hold(model)
         self._were_trainable = [p for p in model.parameters() if p.requires_grad]
         self.beside, self.layers = beside, {}
         try:
@@ -315,7 +316,7 @@ class Chain:
         self.beside.close()
         for parameter in self._were_trainable:
             parameter.requires_grad_(True)
-        allow_repacking(self._repacking)
+        weights.release(self._held)
         self.layers = {}
 
     def replay(self, count: int) -> None:

@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from cola_kernels import nf4_dequantize
-
 from .. import store
 from ..errors import UserError, reason
+from ..layers import weights
 from ..layers.factors import Factors
 from ..layers.grouping import Grouping
-from ..layers.layer import LoRALinear, is_nf4
+from ..layers.layer import LoRALinear
 from ..layers.torch_modes import evaluating, plainly
 from ..seeds import derive_seed
 from . import peft_format
@@ -31,6 +30,7 @@ ROWS, LENGTH = 8, 16  # of random inputs; tokens of a row
 SMALL = 1 << 30  # bytes of weights, up to which a checkpoint is loaded again to compare logits
 # Largest relative difference. Of 16-bit logits: the same weights, rounded once more in every layer.
 EXACT, LAYERS, LOGITS = 1e-6, {4: 1e-4, 2: 0.02}, {4: 1e-3, 2: 0.1}
+NOISE = 5  # times that of a layer whose library rounds activations, for the logits of a model
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -80,8 +80,7 @@ def on_live_base(live_layers: Mapping[str, LoRALinear], written: Mapping[str, Fa
     for name, f in written.items():
         layer = live_layers[name]
         x = _rows(name, layer.in_features).to(layer.weight.device, layer.compute_dtype)
-        weight = nf4_dequantize(layer.weight, x.dtype) if is_nf4(layer) else layer.weight
-        live, base = _outputs(layer, x).cpu().double(), F.linear(x, weight, layer.bias).cpu().double()
+        live, base = _outputs(layer, x).cpu().double(), weights.of(layer).product(x, layer.bias).cpu().double()
         update = _update(f, x.cpu().double())
         limit = LAYERS[min(4, layer.compute_dtype.itemsize)]
         what = f"the layer {name} with the written update"
@@ -119,9 +118,9 @@ def layers(live_layers: Mapping[str, LoRALinear], state: Mapping[str, Tensor]) -
         live, x, wide = live.to(weight.device, torch.float32), x.to(weight.device, torch.float32), weight.float()
         merged = F.linear(x, wide, None if layer.bias is None else layer.bias.to(x))
         size = live.abs() + wide.norm(dim=-1)  # of outputs for such rows, also where terms cancel
-        if not is_nf4(layer):
+        if not layer.kind.quantised:
             size += layer.weight.to(x).norm(dim=-1)
-        limit = LAYERS[min(4, layer.compute_dtype.itemsize)]
+        limit = max(LAYERS[min(4, layer.compute_dtype.itemsize)], layer.kind.noise)
         largest = max(largest, _require_close(merged, live, limit, f"the merged weight of {name}", size=size))
         count += 1
     left = f"; not compared: {broken} layers whose outputs are not finite" if broken else ""
@@ -186,7 +185,8 @@ def reloaded(model: Any, folder: Path) -> str:
     found = logits(other.to(place).eval())
     if isinstance(found, str):
         raise UserError(f"What was written loads, but does not run ({found}), where the live model does.")
-    limit = LOGITS[min(4, live.dtype.itemsize, found.dtype.itemsize)]
+    noise = max(weight.noise for _, weight in weights.in_model(model))  # of one layer; logits have that of all
+    limit = max(LOGITS[min(4, live.dtype.itemsize, found.dtype.itemsize)], NOISE * noise)
     largest = _require_close(found, live, limit, "the logits of what was written", typical=True)
     return f"compared: logits of {ROWS} random rows with those of what transformers loads from it ({largest:.0e})"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import listed
+from ..layers import weights
 from ..layers.layer import PARTS
 from ..layers.trained_modules import ROWS
 
@@ -47,26 +47,20 @@ def coverage(model: nn.Module, names: Iterable[str], beside: Iterable[nn.Paramet
     whole = set(beside)
     covered = experts = total = 0
     convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    weights, left_out = {f"{name}.weight" for name in names}, dict[str, int]()
-    for name, parameter in model.named_parameters():
+    linked, left_out = {f"{name}.weight" for name in names}, dict[str, int]()
+    for name, found in weights.in_model(model):
         if name.rpartition(".")[2] in (*PARTS, ROWS):
             continue
-        count = _size(parameter)
+        parameter, count = found.tensor, found.count
         total += count
-        if name in weights or parameter in whole:
-            covered += count if name in weights else 0
+        if name in linked or parameter in whole:
+            covered += count if name in linked else 0
             continue
         kind = _kind(name)
         left_out[kind] = left_out.get(kind, 0) + count
         together = parameter.dim() == 3 and parameter.shape[0] > 1 and id(parameter) not in convolutions
         experts += count if together else 0
     return Coverage(covered, total, dict(sorted(left_out.items(), key=lambda item: -item[1])), experts)
-
-
-def _size(parameter: Tensor) -> int:
-    """Numbers it stands for: 4-bit codes are packed."""
-    state: Any = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
 
 
 def _kind(name: str) -> str:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from .. import store
 from ..errors import UserError, reason, shown
+from ..layers import weights
 from ..layers.factors import Factors
-from ..layers.sharding import is_sharded
+from ..layers.weights.dense import merge
 from ..methods import wanted_by
 from . import compare, peft_format
 from .adapters import cut_to_rank, error_table
-from .bases import merge
 from .peft_format import CONFIG_FILE
 from .saving import merged_state, write_state
 from .vllm import vllm_notes
@@ -124,7 +124,7 @@ def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> Expor
 def _base_is_untouched(chain: Chain, factors: Mapping[str, Factors]) -> bool:
     """Whether the layers' weights are still the base's, and the update is added to them."""
     if any(f.magnitude is not None for f in factors.values()) or any(
-        is_sharded(la.weight) for la in chain.layers.values()
+        not weights.of(layer).in_one_piece for layer in chain.layers.values()
     ):
         return False
     return chain.base.kind == "ledger" or not (chain.links or (chain.open_link is not None and chain.open_link.starts))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.sharding import whole
+from ..layers import weights
 from .beside import Beside, embeddings
 
 SAMPLES = 64  # values read of every parameter
@@ -28,11 +28,7 @@ def base_identity(model: nn.Module, beside: Beside) -> dict[str, Any]:
 
 def quantisation(model: nn.Module) -> str | None:
     """How its weights are quantised, for people: what `nf4, blocks of 64, double` says. None for a dense model."""
-    for parameter in model.parameters():
-        state: Any = getattr(parameter, "quant_state", None)
-        if state is not None:
-            return f"{state.quant_type}, blocks of {state.blocksize}{', double' if state.nested else ''}"
-    return None
+    return next(filter(None, (weight.describe() for _, weight in weights.in_model(model))), None)
 
 
 def fingerprint(model: nn.Module, beside: Beside) -> str:
@@ -46,16 +42,14 @@ def fingerprint(model: nn.Module, beside: Beside) -> str:
     samples = []
     whole_modules = {p for name in beside.modules for p in model.get_submodule(name).parameters()}
     with_rows = {module.weight for module in embeddings(model)} if beside.tokens else set()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, weight in sorted(weights.in_model(model), key=lambda pair: pair[0]):
+        parameter = weight.tensor
         if parameter in whole_modules:
             continue
         without = beside.tokens if parameter in with_rows else []
         shape = (len(parameter) - len(without), *parameter.shape[1:]) if without else tuple(parameter.shape)
         digest.update(f"{name} {shape};".encode())
-        samples.append(_compared(samples_of(whole(parameter.detach()), without)))
-        state: Any = getattr(parameter, "quant_state", None)
-        if state is not None:  # 4-bit codes mean nothing without their scales
-            samples.append(_compared(samples_of(state.absmax)))
+        samples += [_compared(samples_of(part, without)) for part in weight.parts()]
     if samples and not any(s.is_meta for s in samples):  # on the meta device there are shapes only
         digest.update(torch.cat([s.cpu() for s in samples]).numpy().tobytes())
     return digest.hexdigest()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, listed, shown
 from ..layers.factors import Factors
-from ..layers.layer import LoRALinear, factor_dtype, is_nf4
+from ..layers.layer import LoRALinear, factor_dtype
 from ..layers.targets import assign_ranks, block_of
 from ..methods import GATE, INIT, SCALING, Gates, Site, wanted_by
 from ..methods.options import LinkOptions
@@ -130,20 +130,20 @@ def first_factors(
 def originals_of(
     init: str, index: int, layers: Mapping[str, LoRALinear], original: nn.Module | None
 ) -> dict[str, Tensor]:
-    """Module -> its weight before it was quantised, for the 4-bit ones, if the init wants them, which it does for the
-    first link. original: the 16-bit model.
+    """Module -> its weight before it was quantised, if the init wants that, which it does for the first link.
+    original: the 16-bit model.
 
-    Raises UserError if no layer is 4-bit, if the model is missing, or if it is not what they were quantised from.
+    Raises UserError if no layer is quantised, if the model is missing, or if it is not what they were quantised from.
     """
     if original is not None and not isinstance(original, nn.Module):
         raise UserError(f"original is {shown(original)}, but must be the 16-bit model, a torch.nn.Module.")
     if index > 0 or not wanted_by(init).corrects:
         return {}
-    quantised = {name: layer for name, layer in layers.items() if is_nf4(layer)}
+    quantised = {name: layer for name, layer in layers.items() if layer.kind.quantised}
     if not quantised:
         raise UserError(
-            f"init {init} corrects what quantising lost, but no targeted weight is 4-bit: load the model in 4 bits, "
-            "or choose another init."
+            f"init {init} corrects what quantising lost, but no targeted weight is quantised: load the model in 4 "
+            "bits, or choose another init."
         )
     if original is None:
         raise UserError(

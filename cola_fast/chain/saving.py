@@ -17,15 +17,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cola_kernels import merge_, nf4_dequantize
-
 from ..errors import UserError, note, reason
+from ..layers import weights
 from ..layers.factors import Factors
-from ..layers.layer import PARTS, LoRALinear, is_nf4
-from ..layers.sharding import is_sharded, whole
+from ..layers.layer import PARTS, LoRALinear
 from ..layers.trained_modules import settled
+from ..layers.weights.dense import merge
+from ..layers.weights.sharded import whole
+from ..layers.weights.weight import Weight
 from . import compare
-from .bases import merge
 
 OWN = "save_pretrained"
 
@@ -81,7 +81,8 @@ def _save(model: Any, rounding: str, replaced: Callable[..., Any] | None, *args:
         raise UserError(
             "save_pretrained(distributed_checkpoint=True) would write the weights without the links: leave it out."
         )
-    sharded, theirs = any(map(is_sharded, model.parameters())), given.arguments.get("state_dict")
+    sharded = not all(weight.in_one_piece for _, weight in weights.in_model(model))
+    theirs = given.arguments.get("state_dict")
     if given.arguments.get("is_main_process", True) or sharded:
         given.arguments["state_dict"] = state = merged_state(model, rounding, theirs)
         if theirs is None and not sharded:
@@ -102,11 +103,11 @@ def write_state(model: Any, folder: Path, state: dict[str, Any]) -> None:
 
 
 def merged_state(model: nn.Module, rounding: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The model's state, every link in its weights, 4-bit weights dequantised. Copies only weights that change for it,
+    """The model's state, every link in its weights, quantised ones as dense. Copies only weights that change for it,
     on the CPU. `given`: a state of this model, such as one gathered from several processes.
 
-    Raises UserError for a state without the open link, for weights of another quantisation than NF4, and for a model
-    that was left in the middle of a fold.
+    Raises UserError for a state without the open link, for quantised weights that cannot be read, and for a model that
+    was left in the middle of a fold.
     """
     if len({module.folded for module in model.modules() if isinstance(module, LoRALinear)}) > 1:
         raise UserError(
@@ -116,16 +117,18 @@ def merged_state(model: nn.Module, rounding: str, given: Mapping[str, Any] | Non
     state = settled(model, model.state_dict() if given is None else given)
     done: dict[nn.Module, Tensor] = {}  # one for all the names of a module
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear) or not (isinstance(module, LoRALinear) or is_nf4(module)):
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = weights.of(module)
+        if not (isinstance(module, LoRALinear) or weight.quantised):
             continue
         prefix = f"{name}." if name else ""
         key = f"{prefix}weight"
         parts = [state.pop(f"{prefix}{part}", None) for part in PARTS] if isinstance(module, LoRALinear) else []
         if key not in state:
             continue
-        quantised: Any = getattr(module.weight, "quant_state", None)
-        for part in quantised.as_dict(packed=True) if quantised is not None else ():
-            state.pop(f"{key}.{part}", None)
+        for part in weight.state():
+            state.pop(f"{prefix}{part}", None)
         if module not in done:
             if isinstance(module, LoRALinear):
                 if module.lora_A is not None and parts[0] is None:
@@ -133,11 +136,11 @@ def merged_state(model: nn.Module, rounding: str, given: Mapping[str, Any] | Non
                         f"The state_dict to be saved has {key} but not the open link ({prefix}lora_A): leave "
                         "state_dict out, and what is saved has all links in it."
                     )
-                own = given is None or quantised is not None
-                base = module.dense_weight() if own else _with_ledger(module, whole(state[key].detach()))
+                own = given is None or weight.quantised
+                base = module.dense_weight() if own else module.with_ledger(whole(state[key].detach()))
                 done[module] = _merged(module, base, parts, rounding)
             else:
-                done[module] = _dequantised(module, key)
+                done[module] = _dequantised(weight, key)
         state[key] = done[module]
     _require_dense(model, state)
     return state
@@ -153,21 +156,13 @@ def _merged(layer: LoRALinear, base: Tensor, parts: Sequence[Tensor | None], rou
     if a is not None and b is not None:
         base = base.clone()  # it may be the live weight
         merge(base, Factors(a, b, layer.scale * len(a), e, magnitude), rounding=rounding)
-    is_live = not is_sharded(layer.weight) and base.data_ptr() == layer.weight.data_ptr()
+    is_live = weights.of(layer).in_one_piece and base.data_ptr() == layer.weight.data_ptr()
     return base if is_live else base.cpu()
 
 
-def _with_ledger(layer: LoRALinear, weight: Tensor) -> Tensor:
-    if layer.ledger is not None:
-        weight = weight.clone()
-        merge_(weight, *layer.ledger, 1.0, rounding="stochastic")
-    return weight
-
-
-def _dequantised(linear: nn.Linear, key: str) -> Tensor:
-    weight: Any = linear.weight
+def _dequantised(weight: Weight, key: str) -> Tensor:
     try:
-        return nf4_dequantize(weight, weight.quant_state.dtype).cpu()
+        return weight.dense().cpu()
     except ValueError as error:
         raise UserError(
             f"{key} cannot be saved as a dense weight ({reason(error)}): use chain.export_adapter."
@@ -181,8 +176,8 @@ def _require_dense(model: nn.Module, state: Mapping[str, Any]) -> None:
     for name, value in state.items():
         if name in names and (value.dtype.itemsize == 1 or not value.is_floating_point()):
             raise UserError(
-                f"{name} is quantised to {str(value.dtype).removeprefix('torch.')} in another way than NF4, which a "
-                "model with links in its weights cannot be saved with: use chain.export_adapter."
+                f"{name} is quantised to {str(value.dtype).removeprefix('torch.')} in a way that is not known here, "
+                "which a model with links in its weights cannot be saved with: use chain.export_adapter."
             )
 
 

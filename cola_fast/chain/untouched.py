@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..layers.sharding import is_sharded
+from ..layers import weights
 from .fingerprint import samples_of
 
 
@@ -43,7 +43,9 @@ def _kept(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for key, tensor in (module._parameters | buffers).items():
-            if tensor is not None and not tensor.is_meta and not is_sharded(tensor) and tensor.numel():
+            if tensor is None or tensor.is_meta or not tensor.numel():
+                continue
+            if weights.of(module, tensor).in_one_piece:
                 yield f"{path}.{key}" if path else key, tensor
 
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import listed, reason
+from ..layers import weights
 from ..layers.factors import Factors
 from ..layers.layer import LoRALinear
 from ..layers.trained_modules import Changed, go_back
@@ -94,9 +95,7 @@ def without_weights(model: nn.Module, but: Iterable[str] = ()) -> nn.Module:
     for tensor in [*model.parameters(), *model.buffers()]:
         blank = _blank(tensor.shape)
         memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if isinstance(tensor, nn.Parameter) else blank
-    for module in model.modules():
-        if (state := getattr(module, "quant_state", None)) is not None:
-            memo[id(state)] = state
+    memo |= {id(kept): kept for _, weight in weights.in_model(model) for kept in weight.attached()}
     twin = copy.deepcopy(model, memo)
     for layer in list(twin.modules()):
         if isinstance(layer, LoRALinear):

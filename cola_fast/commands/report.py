@@ -15,7 +15,7 @@ from ..chain.record import newest_state, read_record
 from ..config import Config
 from ..errors import UserError
 from ..store import given_path, refuse_existing
-from ..training.models import load_model, load_tokenizer, stored_in_4bit
+from ..training.models import load_model, load_tokenizer, quantised_as, stored_as, unquantised
 from ..training.plan import plan_run, size_of
 from ..training.prepare import read_data
 from ..training.progress import Progress
@@ -86,7 +86,7 @@ def score_run(
             merged = chain.export_merged(Path(temporary) / "merged").path
             del chain
         gc.collect()
-        exported = replace(config.model, name=str(merged), gguf_file=None, revision=None, load_in_4bit=False)
+        exported = replace(unquantised(config.model), name=str(merged), gguf_file=None, revision=None)
         scores.add("merged export", load_model(exported))
         if best:
             gc.collect()
@@ -138,23 +138,22 @@ def export_run(
         raise UserError(f"--rank is for --to adapter, but --to is {to}: leave it out.")
     target = given_path(out) if out else run / "export" / to
     refuse_existing(target)
-    stored = stored_in_4bit(config.model)
-    in_4bit = stored or config.model.load_in_4bit
-    if onto == "original" and (to == "adapter" or not in_4bit):
-        raise UserError("--onto original is for the merged export of a chain on a 4-bit base: leave it out.")
-    if onto == "original" and stored:
+    stored, kind = stored_as(config.model), quantised_as(config.model)
+    if onto == "original" and (to == "adapter" or kind is None):
+        raise UserError("--onto original is for the merged export of a chain on a quantised base: leave it out.")
+    if onto == "original" and stored is not None:
         raise UserError(
             f"--onto original needs the weights from before they were quantised, but {config.model.name} is stored in "
-            "4 bits: leave it out, or give chain.export_merged(folder, onto=model) the original model in Python."
+            f"{stored.size}: leave it out, or give chain.export_merged(folder, onto=model) the original in Python."
         )
     model = load_model(config.model)
     chain = load_best(model, run) if best else load_chain(model, run)
     links = len(chain.links) + (chain.open_link is not None)
     if to == "adapter":
         return f"{links} links as one PEFT adapter: {chain.export_adapter(target, rank)}"
-    original = load_model(replace(config.model, load_in_4bit=False)) if onto == "original" else None
+    original = load_model(unquantised(config.model)) if onto == "original" else None
     exported = chain.export_merged(target, load_tokenizer(config.model), onto=original)
-    base = ", its 4-bit weights dequantised" if in_4bit and original is None else ""
+    base = ", its weights dequantised" if kind is not None and original is None else ""
     return f"{links} links merged into {config.model.name}{base}: {exported}"
 
 

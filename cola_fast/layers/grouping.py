@@ -69,6 +69,14 @@ class Operands(NamedTuple):
         a, b = torch.cat((self.lora_a, self.ledger_a)), torch.cat((b * self.scale, self.ledger_b), dim=1)
         return Operands(self.weight, a, b, 1.0, self.bias)
 
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, which is `x Wᵀ + bias` as another library computes it, with the link added, by PyTorch's own autograd. The
+        link is exact; the sum is rounded to y's dtype once more than in the fused op."""
+        joined = self.joined()
+        b = joined.lora_b if joined.e is None else joined.lora_b * joined.e
+        s = F.linear(F.dropout(x, self.dropout), joined.lora_a.to(x.dtype))
+        return self.complete(y + F.linear(s, (b * joined.scale).to(x.dtype)).to(y.dtype), x)
+
     def complete(self, y: Tensor, x: Tensor) -> Tensor:
         """y with what the op has left out."""
         if self.ledger_a is None or self.ledger_b is None or self.dropout == 0:

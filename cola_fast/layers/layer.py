@@ -6,20 +6,20 @@ its hooks and its state dict already know: nothing is re-registered, copied or r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_kernels import merge_, nf4_dequantize
+from cola_kernels import merge_
 
 from ..errors import UserError
+from . import weights
 from .grouping import Grouping, Operands
 from .obstacles import obstacle
 from .output_gate import row_squares
-from .sharding import is_sharded, whole
+from .weights.weight import Weight
 
 BUFFERS = ("ledger_A", "ledger_B", "row_squares")
 GATES = ("lora_e", "lora_magnitude")
@@ -30,9 +30,9 @@ class LoRALinear(nn.Linear):
     """`y = x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ + bias`: W [N, K] and bias frozen, lora_A [R, K] and lora_B [N, R] trained.
 
     A link may also train gates: lora_e [R] on the inner product, or lora_magnitude [N], from which DoRA's gate on the
-    output comes, see `layers.output_gate`. W is dense, or the NF4 weight of a bitsandbytes Linear4bit. Between `close`
-    and `open` there is no link and it is the plain linear. Dropout acts in training mode only. Layers of one `grouping`
-    that read the same x run as one op and share a dropout mask, see `layers.grouping`.
+    output comes, see `layers.output_gate`. W is of one of the kinds of `layers.weights`. Between `close` and `open`
+    there is no link and it is the plain linear. Dropout acts in training mode only. Layers of one `grouping` that read
+    the same x run as one op and share a dropout mask, see `layers.grouping`.
     """
 
     lora_A: nn.Parameter | None
@@ -47,6 +47,7 @@ class LoRALinear(nn.Linear):
     folded: int  # sealed links that are part of the base; makes folding idempotent
     grouping: Grouping
     plain: type[nn.Linear]  # the class it came from
+    kind: type[Weight]  # of its weight, but that a dense one may be sharded later
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, name: str = "the module", grouping: Grouping | None = None) -> LoRALinear:
@@ -56,10 +57,10 @@ class LoRALinear(nn.Linear):
         found = obstacle(linear)
         if found is not None:
             raise UserError(f"{name} {found}")
-        plain = type(linear)
+        plain, kind = type(linear), type(weights.of(linear))
         layer = cast(LoRALinear, linear)
         layer.__class__ = cls
-        layer.plain = plain
+        layer.plain, layer.kind = plain, kind
         for key in PARTS:
             layer.register_parameter(key, None)
         for key in BUFFERS:
@@ -74,7 +75,7 @@ class LoRALinear(nn.Linear):
         self.close()
         linear = cast(nn.Linear, self)
         linear.__class__ = self.plain
-        for key in (*PARTS, *BUFFERS, "scale", "dropout", "folded", "grouping", "plain"):
+        for key in (*PARTS, *BUFFERS, "scale", "dropout", "folded", "grouping", "plain", "kind"):
             delattr(linear, key)
         return linear
 
@@ -85,16 +86,20 @@ class LoRALinear(nn.Linear):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype the base is used in: an NF4 weight's is that of the weight it was quantised from."""
-        state: Any = getattr(self.weight, "quant_state", None)
-        return self.weight.dtype if state is None else state.dtype
+        """The dtype the base is used in: a quantised weight's is that of the weight it was quantised from."""
+        return weights.of(self).dtype
 
     def dense_weight(self) -> Tensor:
         """`[N, K]`: the weight with every sealed link in it, in `compute_dtype`. A copy, but for a dense weight without
         a ledger. The ledger is rounded stochastically, always with the same draws."""
-        weight = nf4_dequantize(self.weight, self.compute_dtype) if is_nf4(self) else whole(self.weight.detach())
+        found = weights.of(self)
+        weight = found.dense()
+        return self.with_ledger(weight, copy=not found.quantised)
+
+    def with_ledger(self, weight: Tensor, *, copy: bool = True) -> Tensor:
+        """`weight` [N, K] with the sealed links in it that stand beside this layer's."""
         if self.ledger is not None:
-            weight = weight if is_nf4(self) else weight.clone()
+            weight = weight.clone() if copy else weight
             merge_(weight, *self.ledger, 1.0, rounding="stochastic")
         return weight
 
@@ -112,7 +117,7 @@ class LoRALinear(nn.Linear):
 
         Raises UserError for a magnitude on a weight that is spread over processes: its rows' norms need all of it.
         """
-        if magnitude is not None and is_sharded(self.weight):
+        if magnitude is not None and not weights.of(self).in_one_piece:
             raise UserError("A gate on the output (DoRA) needs whole weights, but the model is sharded: leave out one.")
         for key, value in zip(PARTS, (a, b, e, magnitude), strict=True):
             setattr(self, key, None if value is None else nn.Parameter(value.to(self.weight.device)))
@@ -136,10 +141,9 @@ class LoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         operands = self.operands()
         if operands is None:
-            if not is_nf4(self):
-                return F.linear(input, self.weight, self.bias)
-            bias = None if self.bias is None else self.bias.to(input.dtype)  # bitsandbytes may keep it in another
-            return F.linear(input, nf4_dequantize(self.weight, input.dtype), bias)
+            return weights.of(self).product(input, self.bias)
+        if self.kind.multiplies:
+            return operands.added_to(weights.of(self).product(input, self.bias), input)
         return operands.complete(self.grouping(self, operands, input), input)
 
     def rescales(self) -> bool:
@@ -151,17 +155,16 @@ class LoRALinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
         """`model.half()` and the like: squares of rows are fp32 at least, whatever becomes of the weight."""
         super()._apply(fn, recurse)
+        weights.of(self).moved()
         if self.row_squares is not None:
             self.row_squares = row_squares(self.weight)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """With what a 4-bit weight needs to be read again, under the names that bitsandbytes gives it."""
+        """With what a quantised weight needs to be read again."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        state: Any = getattr(self.weight, "quant_state", None)
-        if state is not None:
-            for key, value in state.as_dict(packed=True).items():
-                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+        for key, value in weights.of(self).state().items():
+            destination[f"{prefix}{key}"] = value if keep_vars else value.detach()
 
     def extra_repr(self) -> str:
         rank = "no open link" if self.lora_A is None else f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
@@ -181,37 +184,6 @@ def wrap_all(modules: Mapping[str, nn.Linear], grouping: Grouping) -> dict[str, 
     return done
 
 
-def is_nf4(linear: nn.Module) -> bool:
-    """Whether its weight is 4-bit and knows how it was quantised, as bitsandbytes' are."""
-    return hasattr(linear.weight, "quant_state")
-
-
 def factor_dtype(weight: Tensor) -> torch.dtype:
     """Links are kept in fp32, so that AdamW's small steps are not rounded away; fp64 for an fp64 model."""
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-def forbid_repacking(model: nn.Module) -> list[nn.Module]:
-    """In eval mode on a CPU, bitsandbytes would repack 4-bit weights in place, which rounds their scales, and lets no
-    gradient through from then on. Returns the modules that were about to.
-
-    Raises UserError for a weight that it has repacked already.
-    """
-    for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            raise UserError(
-                f"{name} has run in eval mode, for which it was repacked by bitsandbytes on the CPU, which rounded its "
-                "scales and lets no gradient through: load the model again, or call cola_kernels.unpack_nf4_ on every "
-                "such weight to go on with the rounded scales."
-            )
-    key = "support_avx512bf16_for_cpu"
-    found = [module for module in model.modules() if getattr(module, key, False)]
-    for module in found:
-        setattr(module, key, False)
-    return found
-
-
-def allow_repacking(modules: Iterable[nn.Module]) -> None:
-    for module in modules:
-        setattr(module, "support_avx512bf16_for_cpu", True)  # noqa: B010

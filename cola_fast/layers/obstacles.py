@@ -8,11 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cola_kernels import nf4
-
 from ..errors import listed
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of a dense weight
+from . import weights
 
 
 def obstacles(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -41,8 +38,8 @@ def obstacles(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
 
 
 def obstacle(linear: nn.Linear) -> str | None:
-    """Why it can take no link, as the end of a sentence that begins with its name; None if it can: a plain `nn.Linear`
-    of floating-point numbers, or a Linear4bit that holds an NF4 weight as it was quantised."""
+    """Why it can take no link, as the end of a sentence that begins with its name; None if it can: it holds a weight
+    of one of the kinds of `layers.weights`, and that takes one."""
     kind = getattr(linear, "plain", type(linear))  # of a LoRALinear, what it was
     if "forward" in vars(linear):
         return (
@@ -55,24 +52,14 @@ def obstacle(linear: nn.Linear) -> str | None:
             "computes its weight anew at each call, as pruning and weight norm do, so that nothing can be folded into "
             "it: make that permanent first, or choose other targets."
         )
-    if _is_linear4bit(kind):
-        try:
-            nf4.read(weight)
-        except ValueError as error:
-            return f"cannot take a link: {error}"
-    elif kind is not nn.Linear:
+    found = weights.held_by(kind)
+    if found is None:
+        linears = " or ".join(kind.linear for kind in reversed(weights.KINDS) if kind.linear)
         return (
-            f"is a {kind.__module__}.{kind.__name__}, but a link can only be attached to a plain torch.nn.Linear or a "
-            "4-bit (NF4) layer of bitsandbytes: choose other targets, or load the model in 16 or 4 bits."
+            f"is a {kind.__module__}.{kind.__name__}, but a link can only be attached to {linears}: choose other "
+            "targets, or load the model in 16 bits."
         )
-    elif weight.dtype not in DTYPES:
-        return f"has a weight of {weight.dtype}, but a link needs one of 16, 32 or 64 bits: load the model in 16 bits."
-    return None
-
-
-def _is_linear4bit(kind: type[nn.Linear]) -> bool:
-    """Without importing bitsandbytes, which whoever made it has done."""
-    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
+    return found(linear, weight).obstacle()
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError, listed, shown, told
+from ..layers import weights
 
 INDEX = ".safetensors.index.json"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,19 +28,26 @@ def check_settings(name: str, settings: Any) -> None:
     if isinstance(layers, int) and layers > LAYERS:
         raise UserError(f"The config.json of {name} has num_hidden_layers {shown(layers)}: a model has fewer.")
     given: Any = getattr(settings, "quantization_config", None)
-    if given is None:
-        return
-    keys = given if isinstance(given, Mapping) else vars(given)
-    kind = str(keys.get("bnb_4bit_quant_type", "fp4")).lower()
-    if keys.get("load_in_8bit") or keys.get("_load_in_8bit"):
-        kind = "8 bits"
-    elif not (keys.get("load_in_4bit") or keys.get("_load_in_4bit")):
-        kind = shown(keys.get("quant_method"))
-    if kind != "nf4":
+    if given is not None and weights.stored_as(keys := keys_of(given)) is None:
+        known = " or ".join(kind.title for kind in weights.quantised_kinds())
         raise UserError(
-            f"The weights of {name} are quantised to {kind}, but a chain is trained on weights that are not quantised "
-            "or on bitsandbytes' NF4: give the original model, and set model.load_in_4bit for NF4."
+            f"The weights of {name} are quantised to {_kind(keys)}, but a chain is trained on weights that are not "
+            f"quantised, or on bitsandbytes' {known}: give the original model, and set model.load_in_4bit for NF4."
         )
+
+
+def keys_of(quantisation: Any) -> Mapping[str, Any]:
+    """A quantization_config as config.json has it, or as transformers made an object of it."""
+    return quantisation if isinstance(quantisation, Mapping) else vars(quantisation)
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    """What an unknown quantization_config quantises to, as its library says."""
+    if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
+        return "8 bits"
+    if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
+        return str(settings.get("bnb_4bit_quant_type", "fp4")).lower()
+    return shown(settings.get("quant_method"))
 
 
 def refuse_other_files(name: str, settings: Any, find: Callable[[str], str | None]) -> None:
@@ -107,9 +115,10 @@ def _why(missing: Collection[str], unused: Collection[str]) -> str:
 
 
 def refuse_not_finite(name: str, model: nn.Module) -> None:
-    """Raises UserError for weights that are NaN or infinite; of 4-bit weights it looks at the scales. Every number is
-    read once, as fast as memory gives it."""
-    tensors = {key: part for full, tensor in model.named_parameters() for key, part in _parts(full, tensor).items()}
+    """Raises UserError for weights that are NaN or infinite; of quantised weights it looks at the scales. Every number
+    is read once, as fast as memory gives it."""
+    found = ((key, weight.numbers()) for key, weight in weights.in_model(model))
+    tensors = {f"{key}{end}": part for key, parts in found for end, part in parts.items()}
     checked = {key: t for key, t in tensors.items() if t.dtype in FLOATS and t.numel() and not t.is_meta}
     finite = {key: torch.stack(torch.aminmax(t.detach())).isfinite().all() for key, t in checked.items()}
     bad = [key for key, fine in finite.items() if not bool(fine)]
@@ -118,14 +127,3 @@ def refuse_not_finite(name: str, model: nn.Module) -> None:
             f"The weights of {name} hold NaN or infinite numbers in {len(bad)} tensors ({listed(bad, 3)}): give a "
             "checkpoint that is whole, or load it in a wider dtype if it was saved in one."
         )
-
-
-def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The numbers that a parameter stands for: itself, or the scales that bitsandbytes quantised it with."""
-    state: Any = getattr(tensor, "quant_state", None)
-    if state is None:
-        return {name: tensor}
-    scales = {"absmax": state.absmax, "offset": state.offset}
-    if state.nested:
-        scales["nested_absmax"] = state.state2.absmax
-    return {f"{name}.{key}": scale for key, scale in scales.items() if isinstance(scale, Tensor)}

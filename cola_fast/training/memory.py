@@ -25,9 +25,9 @@ from ..data.batches import Batch
 from ..data.logits import batch_loss, needed_logits
 from ..layers.layer import PARTS
 from ..layers.targets import select_modules
+from ..layers.weights.weight import Weight
 from .models import checkpoint_activations
 
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: its code, and its share of a scale quantised in blocks of 256
 ADAM_BYTES = 8  # per trained parameter: two moments in fp32
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256  # the same in bitsandbytes' blocks of 256
 
@@ -36,7 +36,7 @@ ADAM_8BIT_BYTES = 2 + 2 * 4 / 256  # the same in bitsandbytes' blocks of 256
 class Estimate:
     trained: int  # parameters of one link
     total: int  # of the base model
-    weights: int  # bytes of the frozen base, with the buffer that 4-bit weights are dequantised into
+    weights: int  # bytes of the frozen base, with the buffer that quantised weights are dequantised into
     link: int  # bytes of the link and of the optimizer's state
     step: int | None  # bytes beside these at the step's highest point; None if the model cannot run without data
     obstacle: str | None  # why it cannot
@@ -53,7 +53,7 @@ def estimate(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    in_4bit: bool = False,
+    stored: type[Weight] | None = None,
     checkpointing: bool = False,
     optimizer: str = "adamw",
     tied: int = 0,
@@ -61,7 +61,8 @@ def estimate(
     """For a chain attached to a model on the meta device, of that dtype, to be trained on `device`. The model is of no
     use afterwards.
 
-    batch: the largest that a step will see. in_4bit: the linear layers will be NF4, but for the output head. tied: the
+    batch: the largest that a step will see. stored: the kind that the linear layers will be quantised
+    to, but for the output head. tied: the
     rank of all links in a ledger beside the weights, 0 where they are folded.
     """
     for layer in chain.layers.values():
@@ -74,9 +75,9 @@ def estimate(
     of_link = {id(p) for p in link}
     base = [p for p in model.parameters() if id(p) not in of_link]
     weights = sum(t.nbytes for t in [*base, *model.buffers()])
-    if in_4bit:
+    if stored is not None:
         covered = [module.weight for module in select_modules(model, "all-linear").values()]
-        weights -= sum(round(w.numel() * (w.element_size() - NF4_BYTES)) for w in covered)
+        weights -= sum(round(w.numel() * (w.element_size() - stored.bytes_each)) for w in covered)
         weights += max(w.nbytes for w in covered)
     trained = sum(p.numel() for p in chain.parameters())
     state = ADAM_8BIT_BYTES if optimizer.endswith("8bit") else ADAM_BYTES

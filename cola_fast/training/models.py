@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from ..config import ModelConfig
 from ..data import heads
 from ..data.heads import AUTO_CLASSES
 from ..errors import UserError, shown, told
-from ..layers.layer import forbid_repacking
+from ..layers import weights
+from ..layers.weights.weight import Weight
 from ..versions import require_tested
 from . import checkpoint_files
 
@@ -41,10 +43,11 @@ def load_model(config: ModelConfig, fresh: list[str] | None = None) -> nn.Module
     if config.gguf_file is None:
         options["use_safetensors"] = True
         checkpoint_files.refuse_other_files(config.name, _load_settings(config), partial(_find, config))
-    stored = stored_in_4bit(config)
-    if config.load_in_4bit or stored:
+    stored, asked = stored_as(config), weights.loaded_as(config)
+    if stored is not None or asked is not None:
         options |= {"device_map": {"": device}}
-        options |= {} if stored else {"quantization_config": _nf4(options["dtype"], config)}
+    if stored is None and asked is not None:
+        options |= {"quantization_config": _quantised_to(asked, options["dtype"], config)}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused here, by name
     model, report = _from_pretrained(_auto_class(config), config, **options, **_classes(config))
     report, drawn = _without_head(model, report) if config.task != "causal-lm" else (report, [])
@@ -53,10 +56,11 @@ def load_model(config: ModelConfig, fresh: list[str] | None = None) -> nn.Module
         fresh += drawn
     if config.gguf_file is not None:
         forget_gguf(model)
-    forbid_repacking(model)
+    weights.hold(model)
     model = model if "device_map" in options else model.to(device)
-    if stored:
-        _use_in(model, options["dtype"])
+    if stored is not None:  # transformers leaves some in the dtype that they were quantised from, whatever it is asked
+        for _, weight in weights.in_model(model):
+            weight.use_in(options["dtype"])
     checkpoint_files.refuse_not_finite(config.name, model)
     return cast(nn.Module, model.eval())
 
@@ -104,34 +108,37 @@ def _without_head(model: nn.Module, report: Mapping[str, Any]) -> tuple[dict[str
     return kept, sorted({*missing, *(entry[0] for entry in resized)})
 
 
-def stored_in_4bit(config: ModelConfig) -> bool:
-    """Whether the checkpoint's weights are NF4 already, whatever `load_in_4bit` says. Reads config.json only."""
-    stored = config.gguf_file is None and getattr(_load_settings(config), "quantization_config", None) is not None
-    if stored:
-        _require_bitsandbytes(f"{config.name} is stored in 4 bits, which")
-    return stored
+def stored_as(config: ModelConfig) -> type[Weight] | None:
+    """The kind that the checkpoint's weights are quantised to already, whatever the options say. Reads config.json
+    only. Raises UserError for a kind that is not known, and for one whose library is not installed."""
+    given = None if config.gguf_file is not None else getattr(_load_settings(config), "quantization_config", None)
+    if given is None:
+        return None
+    kind = weights.stored_as(checkpoint_files.keys_of(given))
+    assert kind is not None  # `_load_settings` has looked
+    _require_bitsandbytes(f"{config.name} is stored in {kind.size}, which")
+    return kind
 
 
-def _nf4(dtype: torch.dtype, config: ModelConfig) -> Any:
-    """QLoRA's quantisation: NF4 in blocks of 64, the scales quantised too, computing in `dtype`."""
-    from transformers import BitsAndBytesConfig
+def quantised_as(config: ModelConfig) -> type[Weight] | None:
+    """The kind that the linears' weights will be, as stored or as the options quantise them while loading."""
+    return stored_as(config) or weights.loaded_as(config)
 
+
+def unquantised(config: ModelConfig) -> ModelConfig:
+    """The same model, not quantised while loading."""
+    kind = weights.loaded_as(config)
+    changes: dict[str, Any] = {} if kind is None else {str(kind.option): False}
+    return replace(config, **changes)
+
+
+def _quantised_to(kind: type[Weight], dtype: torch.dtype, config: ModelConfig) -> Any:
     if config.gguf_file is not None:
-        raise UserError(f"{config.gguf_file} is a GGUF file and cannot be loaded in 4 bits: give a safetensors model.")
-    _require_bitsandbytes("model.load_in_4bit")
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
-def _use_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """transformers leaves a checkpoint in 4 bits in the dtype that it was quantised from, whatever it is asked for."""
-    for parameter in model.parameters():
-        state: Any = getattr(parameter, "quant_state", None)
-        if state is not None:
-            state.dtype = dtype
-        elif parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+        raise UserError(
+            f"{config.gguf_file} is a GGUF file and cannot be loaded in {kind.size}: give a safetensors model."
+        )
+    _require_bitsandbytes(f"model.{kind.option}")
+    return kind.settings(dtype)
 
 
 def _require_bitsandbytes(what: str) -> None:

@@ -16,7 +16,7 @@ from ..data.rows import Data
 from .batch_checks import wants_flat
 from .memory import Estimate, estimate
 from .models import load_empty_model, load_tokenizer, resolve_device, resolve_dtype
-from .prepare import chain_options, is_4bit, prepare, read_data, rehearse
+from .prepare import base_kind, chain_options, prepare, read_data, rehearse
 from .schedule import Schedule
 
 
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
 def plan_run(config: Config) -> Plan:
     """Reads the data but no weights, writes nothing."""
-    in_4bit = is_4bit(config)
+    stored = base_kind(config)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     model = load_empty_model(config.model).to(dtype)
@@ -47,7 +47,7 @@ def plan_run(config: Config) -> Plan:
     c, t = config.chain, config.train
     ranks = [span.rank for span in schedule.spans]
     options = replace(chain_options(config, model, None), init="kaiming", carry=0.0)  # there are no weights to look at
-    options = replace(options, base="ledger" if in_4bit else c.base)
+    options = replace(options, base=c.base if stored is None else "ledger")
     chain = attach(model, options, first_rank=max(ranks))
     chain.settings = replace(chain.settings, init=c.init, carry=c.carry)
     chain.settings.check()
@@ -58,9 +58,9 @@ def plan_run(config: Config) -> Plan:
     rows = [[data.train[i] for i in row] for row in feed.sampler.rows]
     rows.sort(key=lambda row: -sum(map(len, row)))
     batch = collate(rows[: t.batch_size], flat=wants_flat(model))
-    ledger = c.base == "ledger" or (c.base == "auto" and in_4bit)
+    ledger = c.base == "ledger" or (c.base == "auto" and stored is not None)
     need = estimate(
-        chain, model, batch, device=device, dtype=dtype, in_4bit=in_4bit, checkpointing=t.activation_checkpointing,
+        chain, model, batch, device=device, dtype=dtype, stored=stored, checkpointing=t.activation_checkpointing,
         optimizer=t.optimizer, tied=sum(ranks[:-1]) if ledger else 0,
     )  # fmt: skip
     beside = {name: parameter.numel() for name, parameter in chain.beside.named_parameters()}

@@ -20,11 +20,13 @@ from ..data import heads
 from ..data.batches import Feed
 from ..data.rows import Data, holds_out, load_data
 from ..errors import UserError, listed, note
+from ..layers import weights
+from ..layers.weights.weight import Weight
 from ..methods import GRADIENT, RANKS, wanted_by
 from ..seeds import derive_seed
 from . import metrics
 from .batch_checks import check_causal, check_packing, check_padding
-from .models import context_length, load_model, resolve_device, resolve_dtype, stored_in_4bit
+from .models import context_length, load_model, quantised_as, resolve_device, resolve_dtype, stored_as, unquantised
 from .optimizer import make_optimizer
 from .schedule import Schedule, plan
 
@@ -33,7 +35,7 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
     """The data's order and the schedule that follows from its length."""
     t, init = config.train, config.chain.init
     metrics.require(t.loggers)
-    if wanted_by(init).corrects and not config.model.load_in_4bit:
+    if wanted_by(init).corrects and weights.loaded_as(config.model) is None:
         raise UserError(
             f"chain.init is {init}, which corrects what quantising has lost: set model.load_in_4bit, or choose another."
         )
@@ -104,30 +106,32 @@ def check_batches(config: Config, model: nn.Module, data: Data) -> None:
         check_padding(model)
 
 
-def is_4bit(config: Config) -> bool:
-    """Whether the base's linears will be NF4, as configured or because the checkpoint's are.
+def base_kind(config: Config) -> type[Weight] | None:
+    """The kind that the base's linears will be quantised to, as configured or because the checkpoint's are.
 
-    Raises UserError for what a checkpoint in 4 bits rules out. What `load_in_4bit` rules out, `config.validate` knows.
+    Raises UserError for what that rules out.
     """
-    if not stored_in_4bit(config.model):
-        return config.model.load_in_4bit
-    stored = f"{config.model.name} is stored in 4 bits"
-    if config.chain.base == "dense":
-        raise UserError(f"chain.base is dense, but {stored}: use nf4, ledger or auto.")
+    kind, c = quantised_as(config.model), config.chain
+    if kind is None:
+        return None
+    stored = stored_as(config.model) is not None
+    what = f"{config.model.name} is stored in {kind.size}" if stored else f"model.{kind.option} is set"
+    if c.base not in (*kind.bases, "auto"):
+        raise UserError(f"chain.base is {c.base}, but {what}: use {', '.join(kind.bases)} or auto.")
     if config.train.shard:
-        raise UserError(f"train.shard is for 16- and 32-bit weights, but {stored}: leave it out.")
-    if wanted_by(config.chain.init).corrects:
+        raise UserError(f"train.shard is for 16- and 32-bit weights, but {what}: leave it out.")
+    if stored and wanted_by(c.init).corrects:
         raise UserError(
-            f"chain.init is {config.chain.init}, which needs the weights from before they were quantised, but "
-            f"{stored}: give the original model and set model.load_in_4bit, or choose another."
+            f"chain.init is {c.init}, which needs the weights from before they were quantised, but {what}: give the "
+            "original model and set model.load_in_4bit, or choose another."
         )
-    return True
+    return kind
 
 
 def load_base(config: Config) -> tuple[nn.Module, torch.device | None]:
     """The model on this process's device; or on the CPU, with the device that it is to be sharded onto."""
     settings = replace(config.model, device=world.device(config.model.device))
-    is_4bit(config)
+    base_kind(config)
     if not config.train.shard or world.size() == 1:
         fresh: list[str] = []
         with torch.random.fork_rng([]):
@@ -168,9 +172,9 @@ def looked_at(config: Config, data: Data, link: int) -> list[Sample] | None:
 
 def original_model(config: Config) -> nn.Module | None:
     """The model before it was quantised, if the init wants it; on the CPU."""
-    if not (wanted_by(config.chain.init).corrects and config.model.load_in_4bit):
+    if not wanted_by(config.chain.init).corrects or weights.loaded_as(config.model) is None:
         return None
-    return load_model(replace(config.model, load_in_4bit=False, device="cpu"))
+    return load_model(replace(unquantised(config.model), device="cpu"))
 
 
 def rehearse(chain: Chain, config: Config) -> None:

@@ -364,7 +364,7 @@ def _lost_state() -> nn.Module:
     ("make", "sentence"),
     [
         (_fp4, "quantised to fp4"),
-        (_int8, "16 or 4 bits"),
+        (_int8, "load the model in 16 bits"),
         (_not_yet_quantised, "without a quant_state"),
         (_lost_state, "without a quant_state"),
         (_partial_block, r"shape \[64, 96\] in blocks of 64.*K a multiple of the block"),

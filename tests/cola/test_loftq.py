@@ -103,5 +103,5 @@ def test_attach_refuses_and_leaves_the_model(
 
 
 def test_dense_weights_have_nothing_to_correct(model: nn.Module) -> None:
-    with pytest.raises(UserError, match="no targeted weight is 4-bit"):
+    with pytest.raises(UserError, match="no targeted weight is quantised"):
         attach(model, init="loftq", original=tiny_llama())

@@ -19,12 +19,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cola_fast import UserError, cli, config, world
-from cola_fast.chain import bases
 from cola_fast.data.encode import Example
 from cola_fast.data.rows import Data
 from cola_fast.layers.factors import Factors
 from cola_fast.layers.layer import LoRALinear
-from cola_fast.layers.sharding import Rows
+from cola_fast.layers.weights.sharded import Rows, Sharded
 from cola_fast.training import metrics
 from cola_fast.training.prepare import prepare
 
@@ -132,15 +131,14 @@ def test_a_knot_costs_a_sharded_process_half(runs: Runs, whole: dict[str, Any]) 
 
 
 def test_rows_are_rounded_as_in_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = bases.DenseBase("stochastic")
     factors = Factors(torch.randn(3, 24), torch.randn(40, 3), 0.3)
 
     def folded(first: int, count: int) -> torch.Tensor:
         torch.manual_seed(0)
         layer = LoRALinear.from_linear(nn.Linear(24, 40, bias=False, dtype=torch.bfloat16))
         rows = Rows(layer.weight.detach()[first : first + count], first, None)
-        monkeypatch.setattr(bases, "own_rows", lambda weight: rows)
-        base.fold(layer, factors, seed=3, report=False)
+        monkeypatch.setattr(Sharded, "own_rows", lambda weight: rows)
+        Sharded(layer, layer.weight).fold(factors, rounding="stochastic", seed=3, report=False)
         return rows.weight
 
     assert torch.equal(torch.cat([folded(0, 15), folded(15, 15), folded(30, 10)]), folded(0, 40))
