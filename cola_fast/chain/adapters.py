@@ -22,6 +22,7 @@ from .knot import refuse_overflow
 from .open_link import moves
 from .peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from .sealed_link import SealedLink
+from .written import peft_fields
 
 if TYPE_CHECKING:
     from .chain import Chain
@@ -73,7 +74,7 @@ def import_adapter(chain: Chain, folder: Path) -> SealedLink:
         factors[name] = Factors(a.to(dtype), b.to(dtype), alpha)
         _require_finite(factors[name], layer.compute_dtype, f"{name} in {folder}")
         refuse_overflow(chain, name, factors[name], "give an adapter of this base model")
-    link = chain.append(lambda: SealedLink.seal(len(chain.links), factors, **chain.peft_fields(factors)))
+    link = chain.append(lambda: SealedLink.seal(len(chain.links), factors, **peft_fields(chain, factors)))
     chain.extend()
     return link
 

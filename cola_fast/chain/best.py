@@ -20,6 +20,7 @@ from . import peft_format
 from .attach import load_chain
 from .chain import Chain
 from .record import binding, read_record
+from .written import peft_fields
 
 FOLDER = "best"
 FILE = "best.json"
@@ -27,7 +28,7 @@ FILE = "best.json"
 
 def save_best(chain: Chain, run: Path, *, step: int, loss: float) -> None:
     factors = chain.open_factors()
-    files = peft_format.encode(factors, **chain.peft_fields(factors))
+    files = peft_format.encode(factors, **peft_fields(chain, factors))
     hashes = {name: store.sha256(data) for name, data in files.items()}
     name = store.content_hash(hashes)[: store.MARK]
     about = {

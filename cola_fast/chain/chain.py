@@ -11,9 +11,8 @@ a process killed anywhere neither loses a link nor folds one twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,20 +25,18 @@ from ..layers import weights
 from ..layers.factors import Factors
 from ..layers.grouping import Grouping
 from ..layers.layer import PARTS, wrap_all
-from ..layers.targets import short_targets
 from ..layers.torch_modes import plainly
 from ..methods import Pair
 from ..seeds import derive_seed
-from . import knot, peers
+from . import folding, knot, peers, written
 from .bases import Base
 from .beside import Beside
 from .calibration import Batches, as_batches, look
-from .coverage import coverage
+from .coverage import describe
 from .open_link import OpenLink, Settings, covered, first_factors, originals_of, starts_of
-from .peft_format import task_type
-from .record import CHAIN_FILE, FORMAT, START_FILE, binding, folder_name, write_record, write_state
+from .record import folder_name
 from .saving import Saves
-from .sealed_link import SealedLink, spread, summarise
+from .sealed_link import SealedLink
 from .untouched import Untouched
 
 if TYPE_CHECKING:
@@ -82,18 +79,7 @@ class Chain:
         self._untouched = Untouched(model, [*(layer.weight for layer in self.layers.values()), *beside.tensors()])
 
     def __repr__(self) -> str:
-        """Short, for a notebook's cell that ends in a chain."""
-        kept = [f"{len(self.links)} sealed"]
-        if self.open_link is not None:
-            trained = sum(parameter.numel() for parameter in self.parameters())
-            kept.append(f"link {self.open_link.index} open: rank {spread(self.open_link.ranks)}, {trained:,} trained")
-        place = f", in {self.folder}" if self.folder is not None else ""
-        return (
-            f"Chain on {self.identity['name']}, {self.base.kind}{place}\n"
-            f"  links    {', '.join(kept)}\n"
-            f"  modules  {len(self.layers)}, {coverage(self.model, self.layers, self.beside.parameters())}"
-            + (f"\n  beside   {self.beside}" if self.beside else "")
-        )
+        return describe(self)
 
     # --- the open link ------------------------------------------------------------------------------------------------
 
@@ -115,7 +101,7 @@ class Chain:
         self._require_layers()
         self._require_folded()
         pattern = self.settings.rank_pattern if rank_pattern is None else rank_pattern
-        ranks = self.settings.with_pattern(pattern).ranks(self._shapes(), r)
+        ranks = self.settings.with_pattern(pattern).ranks(self.shapes(), r)
         settings = self.settings.with_pattern(None if pattern is None else dict(pattern))
         looked_at = self.batches if batches is None else as_batches(batches)
         index, init = len(self.links), settings.init
@@ -140,7 +126,7 @@ class Chain:
 
     def ranks(self, r: int | None = None) -> dict[str, int]:
         """Module -> the rank `extend(r)` would give it. Raises UserError for a rank that a module cannot have."""
-        return self.settings.ranks(self._shapes(), r)
+        return self.settings.ranks(self.shapes(), r)
 
     def open_with(self, factors: Mapping[str, Factors], starts: Mapping[str, Factors] | None = None) -> OpenLink:
         """Open the next link with the given values instead of fresh ones.
@@ -158,7 +144,7 @@ class Chain:
         taken: list[str] = []
         try:
             for name, start in starts.items():
-                self._take_out(index, name, start.negated())
+                folding.take_out(self, index, name, start.negated())
                 taken.append(name)
             for name, f in factors.items():
                 layer = self.layers[name]
@@ -170,7 +156,7 @@ class Chain:
             for layer in self.layers.values():
                 layer.close()
             for name in taken:
-                self._take_out(index, name, starts[name])
+                folding.take_out(self, index, name, starts[name])
             raise
         ranks, alphas = ({name: getattr(f, key) for name, f in factors.items()} for key in ("rank", "alpha"))
         self.open_link = OpenLink(index, ranks, alphas, starts)
@@ -254,7 +240,7 @@ class Chain:
 
         def seal() -> SealedLink:
             factors = self.open_factors()
-            link = SealedLink.seal(index, factors, difference=difference, **self.peft_fields(factors))
+            link = SealedLink.seal(index, factors, difference=difference, **written.peft_fields(self, factors))
             knot.warn_of_idle(self)
             return link
 
@@ -268,7 +254,7 @@ class Chain:
             link = seal()
             if self.folder is not None and peers.rank() == 0:
                 link.write(self.folder / folder_name(link.index))
-                self._write_record(self.folder, [*self.links, link])
+                written.write_record(self, self.folder, [*self.links, link])
             return link
 
         with peers.together("tie()"):
@@ -277,10 +263,10 @@ class Chain:
         self.open_link = None
         for layer in self.layers.values():
             layer.close()
-        self._fold(link, live=True)
+        folding.fold(self, link, live=True)
         if (folder := self.folder) is not None and peers.rank() == 0:
             with suppress(UserError):  # the link is tied; what its fold kept is written with the next save
-                world.lead(lambda: self._write_record(folder, self.links))
+                world.lead(lambda: written.write_record(self, folder, self.links))
         return link
 
     def detach(self, *, discard: bool = False) -> nn.Module:
@@ -304,7 +290,7 @@ class Chain:
                 "export_merged or export_adapter, or detach(discard=True)."
             )
         for name, start in starts.items():
-            self._take_out(len(self.links), name, start)  # put back
+            folding.take_out(self, len(self.links), name, start)  # put back
         self.saves.remove()
         self._unwrap()
         self.open_link = None
@@ -324,7 +310,7 @@ class Chain:
         for _ in range(count):
             link = self.waiting.pop(0)
             self.links.append(link)
-            self._fold(link)
+            folding.fold(self, link)
 
     # --- on disk ------------------------------------------------------------------------------------------------------
 
@@ -341,37 +327,8 @@ class Chain:
             raise UserError(f"extra is {shown(extra)}, but must be a mapping of names to tensors and plain values.")
         peers.require_writer(folder)
         folder = store.given_path(folder).absolute()  # later ties go there, wherever the process has moved to
-        world.lead(lambda: self._write(folder, extra))
+        world.lead(lambda: written.write(self, folder, extra))
         self.folder = folder  # on every rank
-
-    def _write(self, folder: Path, extra: Mapping[str, Any] | None) -> None:
-        """chain.json last: with it the folder holds a chain, and it names the state. The chain moves there once all of
-        it has been written."""
-        links = self.links
-        if self.folder != folder:
-            if (folder / CHAIN_FILE).exists():
-                raise UserError(f"{folder} already holds a chain: choose another folder, or load that one.")
-            store.make_folder(folder)
-            links = [replace(link) for link in self.links]
-            for link in links:
-                link.write(folder / folder_name(link.index))
-            if self.beside:
-                store.write_file(folder / START_FILE, self.beside.start_file())
-        factors = {name: tuple(f) for name, f in self.live_factors().items()}
-        index, starts = (self.open_link.index, self.open_link.starts) if self.open_link is not None else (None, {})
-        state = {
-            "chain": binding(self.record(links), len(links)),
-            "links": len(self.links),
-            "open": index,
-            "factors": factors,
-            "starts": {name: tuple(f) for name, f in starts.items()},
-            "groups": self.grouping.state(self.layers),
-            "beside": self.beside.values(),
-            "extra": dict(extra or {}),
-        }
-        self.state = write_state(folder, state)
-        self._write_record(folder, links)
-        self.links = links
 
     def import_adapter(self, folder: str | Path) -> SealedLink:
         """Fold the PEFT LoRA adapter in `folder` as the next sealed link, see `chain.adapters.import_adapter`."""
@@ -401,33 +358,7 @@ class Chain:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _fold(self, link: SealedLink, *, live: bool = False) -> None:
-        """From the sealed bytes, as a replay does, so that both give the same weights. Idempotent by link index.
-        What it kept is measured once, at the tie, of the last step. live: the link's start has left the weights before.
-        """
-        reports, steps = {}, link.steps()
-        for name, layer in self.layers.items():
-            if layer.folded != link.index:
-                continue
-            if name in steps:
-                taken, trained = steps[name]
-                if taken is not None and not live:
-                    self._take_out(link.index, name, taken)
-                seed = derive_seed(self.settings.seed, "fold", link.index, name)
-                report = self.base.fold(layer, trained, seed, report=not link.fold)
-                if report is not None:
-                    reports[name] = report
-            layer.folded += 1
-        if self.beside and not live:
-            self.beside.set(link.also(), str(link.folder or folder_name(link.index)))
-        if reports:
-            link.fold = summarise(reports)
-
-    def _take_out(self, index: int, name: str, factors: Factors) -> None:
-        seed = derive_seed(self.settings.seed, "start", index, name)
-        self.base.fold(self.layers[name], factors, seed, report=False)
-
-    def _shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, int]]:
         return {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
 
     def _require_layers(self) -> None:
@@ -459,35 +390,6 @@ class Chain:
                 "looked at: load it whole to go on with it."
             )
 
-    def peft_fields(self, names: Iterable[str]) -> dict[str, Any]:
-        """What `peft_format.encode` says of this chain's base, for an adapter of these modules."""
-        return {
-            "targets": short_targets(self.model, names),
-            "base_name": self.identity["name"],
-            "base_revision": self.identity["revision"],
-            "dropout": self.settings.dropout,
-            "task_type": task_type(self.model),
-            "also": self.beside.also(),
-        }
-
     def record(self, links: Sequence[SealedLink]) -> dict[str, Any]:
         """What chain.json says of the chain with these links."""
-        return {
-            "format": FORMAT,
-            "base": self.identity,
-            "base_kind": self.base.kind,
-            "rounding": self.base.rounding,
-            **asdict(self.settings),
-            "modules": {name: list(shape) for name, shape in self._shapes().items()},
-            "beside": self.beside.record(),
-            "links": [{**link.record(), "base_kind": self.base.kind} for link in links],
-            "open": None if self.open_link is None or self.open_link.index != len(links) else len(links),
-            "state": self.state,
-            "about": self.about,
-        }
-
-    def _write_record(self, folder: Path, links: Sequence[SealedLink]) -> None:
-        record = self.record(links)
-        if (folder, record) != self.recorded:
-            write_record(folder, record)
-            self.recorded = (folder, record)
+        return written.record(self, links)

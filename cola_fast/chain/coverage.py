@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,6 +13,10 @@ from ..errors import listed
 from ..layers import weights
 from ..layers.layer import PARTS
 from ..layers.trained_modules import ROWS
+from .sealed_link import spread
+
+if TYPE_CHECKING:
+    from .chain import Chain
 
 LARGE = 0.1  # share of the weights from which experts that get no link are worth a note
 
@@ -68,3 +73,18 @@ def _kind(name: str) -> str:
     parts = [part for part in re.sub(r"\.(weight|bias)$", "", name).split(".") if not part.isdigit()]
     parts = parts or [name]  # of a Sequential
     return ".".join(parts[-2:]) if "expert" in name else parts[-1]
+
+
+def describe(chain: Chain) -> str:
+    """Short, for a notebook's cell that ends in a chain."""
+    kept = [f"{len(chain.links)} sealed"]
+    if chain.open_link is not None:
+        trained = sum(parameter.numel() for parameter in chain.parameters())
+        kept.append(f"link {chain.open_link.index} open: rank {spread(chain.open_link.ranks)}, {trained:,} trained")
+    place = f", in {chain.folder}" if chain.folder is not None else ""
+    return (
+        f"Chain on {chain.identity['name']}, {chain.base.kind}{place}\n"
+        f"  links    {', '.join(kept)}\n"
+        f"  modules  {len(chain.layers)}, {coverage(chain.model, chain.layers, chain.beside.parameters())}"
+        + (f"\n  beside   {chain.beside}" if chain.beside else "")
+    )

@@ -23,6 +23,7 @@ from .peft_format import CONFIG_FILE
 from .saving import merged_state, write_state
 from .vllm import vllm_notes
 from .with_peft import as_parameters, with_peft
+from .written import peft_fields
 
 if TYPE_CHECKING:
     from .chain import Chain
@@ -100,7 +101,7 @@ def export_adapter(chain: Chain, folder: Path, rank: int | None = None) -> Expor
         for name, f in factors.items():
             factors[name], errors[name] = cut_to_rank(f, rank)
     with store.new_folder(folder) as part:
-        files, notes = peft_format.encode(factors, **chain.peft_fields(factors)), []
+        files, notes = peft_format.encode(factors, **peft_fields(chain, factors)), []
         _write(part, files)
         compared = [compare.adapter(part, named, factors, chain.beside.values(), whole=rank is None)]
         if rank is None and _base_is_untouched(chain, factors):
