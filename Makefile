@@ -25,8 +25,9 @@ lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Without --quiet, which would hide warnings from --strict, too.
 docs: $(DOCS) ## build the documentation into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 aot: $(STAMP) ## compile every kernel and configuration for GPUs that need not be there
 	$(BIN)/python -m cola_kernels.compile --targets sm_80,sm_90,sm_100

@@ -47,17 +47,6 @@ def test_example(name: str, tiny_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_quickstart(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's."""
-    section = (ROOT / "README.md").read_text().partition("## In Python")[2]
-    code = section.partition("```python\n")[2].partition("```")[0]
-    monkeypatch.chdir(tmp_path)
-    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_folder)), {})
-    assert Path("my-adapter/adapter_model.safetensors").exists()
-    assert len(json.loads(Path("runs/mine/chain.json").read_text())["links"]) == 3
-
-
-@pytest.mark.slow
 def test_qlora_yaml(wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     model = tmp_path / "model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import four_bit, harness, linears
+from benchmarks import four_bit, harness, linears, train
 from benchmarks.__main__ import main
 from benchmarks.registry import SUITES
-from benchmarks.report import fill
+from benchmarks.report import fill, kind
 from cola_kernels import lora_linear
 
 README = """# Title
@@ -161,6 +162,15 @@ def test_what_is_quoted_is_a_block_of_the_suite_and_a_committed_result_has_it() 
                 assert all(0 < value < 10 for ratios in quoted.values() for value in ratios.values)
                 quoting[name] = quoted
     assert quoting.keys() == {"train", "linears", "memory", "overhead", "drop_in", "knot_time"}
+
+
+def test_the_readmes_table_has_a_row_a_kind_of_machine_and_the_worst_first() -> None:
+    results = harness.read_results("train")
+    lines = train.together(results)["train-machines"].splitlines()[2 : 2 + len(results)]
+    assert {line.split(" | ")[0].removeprefix("| ") for line in lines} == {kind(result) for result in results}
+    ratios = [float(re.findall(r"\*\*([\d.]+)", line)[0]) for line in lines]
+    assert ratios == sorted(ratios, reverse=True)
+    assert train.together([{**result, "demo": None} for result in results]) == {}
 
 
 def test_a_suite_without_a_result_says_that_it_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -248,6 +248,7 @@ def test_the_table_gives_the_share_of_the_gap() -> None:
     assert none.count("| no gap |") == 1
     blocks = quality_tables(_result({"lora": 0.6, "cola-3": 0.75, "full": 0.9}))
     assert "COLA closes 0.50 (" in blocks["quality-verdict"]
+    assert blocks["quality-verdict"].startswith(blocks["quality-summary"].removesuffix("."))
 
 
 def test_without_labels_the_loss_decides() -> None:
