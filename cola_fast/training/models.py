@@ -51,6 +51,8 @@ def load_model(config: ModelConfig, fresh: list[str] | None = None) -> nn.Module
     model, report = _from_pretrained(_auto_class(config), config, **options, **_classes(config))
     report, drawn = _without_head(model, report) if config.task != "causal-lm" else (report, [])
     checkpoint_files.refuse_incomplete(config.name, report)
+    if kind is not None:
+        checkpoint_files.refuse_others_than(config.name, kind, model)
     if fresh is not None:
         fresh += drawn
     if config.gguf_file is not None:
