@@ -7,26 +7,35 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 STAMP := $(VENV)/.installed-tests
+DOCS := $(VENV)/.installed-docs
 
-.PHONY: demo test lint aot bench clean
+.PHONY: help demo test lint docs aot bench report clean
 
-demo: $(READY)
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(READY) ## a real model learns a real task on two CPU cores, in minutes
 	$(BIN)/cola demo
 
-test: $(STAMP)
+test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-lint: $(STAMP)
+lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every kernel and configuration, compiled for GPUs that need not be there.
-aot: $(STAMP)
+docs: $(DOCS) ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+aot: $(STAMP) ## compile every kernel and configuration for GPUs that need not be there
 	$(BIN)/python -m cola_kernels.compile --targets sm_80,sm_90,sm_100
 
-bench: $(STAMP)
+bench: $(STAMP) ## measure on this CPU; fails if something has become slower
 	$(BIN)/python -m benchmarks cpu
+
+report: $(STAMP) ## write the tables of README.md, docs/ and benchmarks/ from the results
+	$(BIN)/python -m benchmarks report
 
 # The demo does not wait for what only tests need. --no-compile: Python compiles what is imported, when it is.
 $(READY): setup.py pyproject.toml
@@ -39,5 +48,9 @@ $(STAMP): $(READY)
 	$(BIN)/python -m pip install --quiet --no-compile --editable ".[tests]"
 	touch $(STAMP)
 
-clean:
-	rm -rf $(VENV) build *.egg-info runs
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[docs]"
+	touch $(DOCS)
+
+clean: ## remove the environment, builds and runs
+	rm -rf $(VENV) build site *.egg-info runs

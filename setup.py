@@ -13,6 +13,7 @@ bitsandbytes = ["bitsandbytes>=0.46"]
 peers = ["peft>=0.19", "trl>=0.20", "accelerate>=1.0"]
 liger = ["liger-kernel>=0.8; platform_system == 'Linux'"]
 loggers = ["tensorboard>=2.14", "trackio>=0.2"]
+docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1.0", "ruff>=0.9"]
 tests = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-tqdm"]
 
 ROOMS = ("chain", "commands", "data", "layers", "layers.weights", "methods", "training")
@@ -46,6 +47,7 @@ setup(
     extras_require={
         "bitsandbytes": bitsandbytes,
         "demo": demo,
+        "docs": docs,
         "liger": liger,
         "peers": peers,
         "loggers": loggers,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from .registry import SUITES, UNFINISHED, Charted, Compared, Options, Plotted
+from .registry import SUITES, UNFINISHED, Charted, Compared, Joined, Options, Plotted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     small = commands.add_parser("cpu", help="every suite of speed and memory for a CPU, and whether one became slower")
     small.add_argument("--quick", action="store_true", help="a minute's look, in a temporary folder")
     report = commands.add_parser("report", help="draw the page of all results, and write the tables in the texts")
-    texts = [Path("README.md"), *(Path("benchmarks", f"{name}.md") for name in ("RESULTS", "PROFILE", "SCALING"))]
+    texts = [Path("README.md"), *sorted(Path("docs").rglob("*.md")), *sorted(Path("benchmarks").glob("*.md"))]
     report.add_argument("--into", type=Path, nargs="+", default=texts, help="whose tables to write")
     report.add_argument("--page", type=Path, default=Path("benchmarks/report.html"))
     chosen = parser.parse_args(arguments)
@@ -132,7 +132,10 @@ def _report(texts: Sequence[Path], page: Path) -> int:
     for name, entry in SUITES.items():
         suite, shown = entry.load(), []
         found: dict[str, list[tuple[Any, str, Quoted | None]]] = {}
-        for result in harness.read_results(name):
+        results = harness.read_results(name)
+        if hasattr(suite, "together"):
+            blocks |= cast(Joined, suite).together(results)
+        for result in results:
             tables = suite.tables(result)
             charts = cast(Charted, suite).charts(result) if hasattr(suite, "charts") else []
             shown.append((result, charts, tables))

@@ -67,6 +67,7 @@ def quality_tables(result: Mapping[str, Any]) -> dict[str, str]:
         blocks["quality"] = "\n\n".join([*parts, _note(result)])
         blocks["quality-contrasts"] = _contrasts(settings)
         blocks["quality-verdict"] = _verdict(settings)
+        blocks["quality-summary"] = f"{_count(settings)}."
     if result["left"]:
         left = f"At least {result['left']} runs are left: the same command goes on."
         blocks["quality"] = f"{blocks['quality']} {left}" if settings else left
@@ -151,17 +152,25 @@ def _short(setting: Mapping[str, Any]) -> str:
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
-def _verdict(settings: Sequence[tuple[Mapping[str, Any], Mapping[str, Tested]]]) -> str:
-    """COLA with three links against LoRA: one line a setting, and all in one."""
-    settings = [(setting, arms) for setting, arms in settings if "cola-3" in arms]
-    gains = [_gain(arms["cola-3"], arms["lora"]) for _, arms in settings]
+Settings = Sequence[tuple[Mapping[str, Any], Mapping[str, Tested]]]
+
+
+def _count(settings: Settings) -> str:
+    """COLA with three links against LoRA, over all settings."""
+    gains = [_gain(arms["cola-3"], arms["lora"]) for _, arms in settings if "cola-3" in arms]
     better, worse = sum(gain.low > 0 for gain in gains), sum(gain.high < 0 for gain in gains)
-    lines = [
+    return (
         f"In {better} of {len(gains)} settings COLA (K = 3) is shown to be better than LoRA of the same rank (in "
-        f"accuracy; where there are no labels, in loss), in {worse} to be worse:",
-        "",
-    ]
+        f"accuracy; where there are no labels, in loss), in {worse} to be worse"
+    )
+
+
+def _verdict(settings: Settings) -> str:
+    """The same, and one line a setting."""
+    lines = [f"{_count(settings)}:", ""]
     for setting, arms in settings:
+        if "cola-3" not in arms:
+            continue
         accuracy, loss = arms["cola-3"].accuracy_over(arms["lora"]), arms["cola-3"].loss_over(arms["lora"])
         points = ""
         if accuracy is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -36,7 +36,7 @@ class Suite(Protocol):
         ...
 
     def tables(self, result: Mapping[str, Any]) -> dict[str, str]:
-        """Name of a README block -> Markdown, from a result as `python -m benchmarks run` writes it."""
+        """Name of a block -> Markdown, from a result as `python -m benchmarks run` writes it."""
         ...
 
 
@@ -58,7 +58,15 @@ class Compared(Protocol):
     """A suite with ratios that can be quoted, of one kind of machine beside another."""
 
     def quoted(self, result: Mapping[str, Any]) -> dict[str, Quoted]:
-        """Name of a README block -> its ratios."""
+        """Name of a block -> its ratios."""
+        ...
+
+
+class Joined(Protocol):
+    """A suite with blocks that are made of all its results."""
+
+    def together(self, results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Name of a block -> Markdown, from the results of every kind of machine."""
         ...
 
 

@@ -1,5 +1,5 @@
-"""Tables in the README, between `<!-- benchmark:NAME -->` and `<!-- end -->`, always written from the results
-(`methods`: from the registry of methods)."""
+"""Tables in the README and the pages of docs/ and benchmarks/, between `<!-- benchmark:NAME -->` and `<!-- end -->`,
+always written from the results (`methods`: from the registry of methods)."""
 
 from __future__ import annotations
 

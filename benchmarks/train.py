@@ -11,7 +11,7 @@ the CPU has it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from . import harness, legs, trainers, workloads
 from .charts import Bar, Chart
 from .legs import Leg
 from .registry import Options
-from .report import Quoted, describe, markdown, spread
+from .report import Quoted, describe, kind, markdown, spread
 from .trainers import TITLES, Problem
 from .workloads import Workload
 
@@ -197,6 +197,31 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     if result["demo"] is not None:
         found["train-demo"] = f"{_demo_table(result['demo'])}\n\n{_demo_note(result['demo'])} {describe(result)}"
     return found
+
+
+def together(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The demo's step in one row a kind of machine, the worst ratio first: the README's table."""
+    results = [result for result in results if result["demo"] is not None]
+    if not results:
+        return {}
+    results = sorted(results, key=lambda result: -result["demo"]["ratio"]["peft"]["median"])
+    lines = []
+    for demo, machine in ((result["demo"], kind(result)) for result in results):
+        ours, peft = (demo["seconds"][side]["median"] for side in ("ours", "peft"))
+        lines.append([machine, f"{ours:.3f}", f"{peft:.3f}", f"**{spread(demo['ratio']['peft'])}**"])
+
+    def shared(what: Callable[[Mapping[str, Any]], object]) -> str:
+        return " or ".join(sorted({str(what(result["demo"])) for result in results}))
+
+    note = (
+        f"Median seconds of a step: SmolLM2-135M on the demo's sentences, in the dtype that the machine multiplies "
+        f"natively, fp32 adapters on all linears, {shared(lambda demo: demo['attention'])} attention, "
+        f"{shared(lambda demo: round(demo['tokens_per_step']))} tokens, "
+        f"{shared(lambda demo: len(demo['samples']['ours']))} interleaved runs of "
+        f"{shared(lambda demo: demo['timed_steps'])} steps; the ratio with quartiles."
+    )
+    header = ["", "cola_fast, s / step", "Trainer + PEFT, s / step", "cola_fast / PEFT"]
+    return {"train-machines": f"{markdown(header, lines)}\n\n{note}"}
 
 
 def quoted(result: Mapping[str, Any]) -> dict[str, Quoted]:

@@ -18,8 +18,21 @@ import yaml
 from . import config_tree, plain_yaml
 from .errors import UserError, reason, shown
 from .methods import SLOTS, preset
+from .methods.options import ChainOptions
 
 LONGEST = 1_000_000  # characters of a configuration file
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(sentence)
+
+
+def _require_positive(section: str, **values: float | None) -> None:
+    for key, value in values.items():
+        _require(
+            value is None or value > 0, f"{section}.{key} is {value}, but it must be positive, or null to turn it off."
+        )
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,19 @@ class ModelConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     attention: str | None = None  # transformers' attn_implementation: sdpa, eager, flash_attention_2
     trust_remote_code: bool = False
+
+    def check(self) -> None:
+        _require(bool(self.name), "model.name is missing: name a folder or a model on the hub.")
+        if self.task == "causal-lm":
+            _require(
+                not self.labels, "model.labels names classes, but model.task is causal-lm: set a task that classifies."
+            )
+        else:
+            _require(
+                len(set(map(str, self.labels))) == len(self.labels) > 1,
+                f"model.task is {self.task}, but model.labels does not name at least two different classes: list them "
+                "in the order of the head's outputs.",
+            )
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,17 @@ class DataConfig:
     too_long: Literal["truncate", "drop", "error"] = "truncate"  # the count is always reported
     limit: int | None = None  # use only the first rows
 
+    def check(self) -> None:
+        _require(bool(self.train), "data.train is missing: name a jsonl, csv or parquet file or a hub data set.")
+        _require(self.max_length >= 2, f"data.max_length is {self.max_length}, but it must be at least 2 tokens.")
+        share = self.eval_share
+        _require(0 <= share < 1, f"data.eval_share is {share}, but it is a share of the rows in [0, 1).")
+        _require_positive("data", limit=self.limit)
+        _require(
+            self.format != "classification" or bool(self.verbalisers and len(self.verbalisers) > 1),
+            "data.format is classification, but data.verbalisers does not give the words of at least two labels.",
+        )
+
 
 @dataclass(frozen=True)
 class GeLoRAConfig:
@@ -65,26 +102,19 @@ class GeLoRAConfig:
 
 
 @dataclass(frozen=True)
-class ChainConfig:
+class ChainConfig(ChainOptions):
     method: str | tuple[str, ...] = "cola"  # one or several of `cola methods`; each fills in defaults for other keys
-    r: int = 8
-    alpha: float = 16.0
-    scaling: str = "lora"  # lora: scale = alpha / R; rslora: alpha / sqrt(R); constant: alpha / r
-    dropout: float = 0.0
-    targets: str | tuple[str, ...] = ("q_proj", "v_proj")  # module names, "all-linear", or a regular expression
-    train_also: str | tuple[str, ...] = ()  # modules trained whole beside the links: heads, embeddings, norms
-    train_tokens: tuple[int, ...] = ()  # tokens whose rows of the embeddings, and of the head, are trained beside them
     ranks: str = "uniform"  # uniform or gelora
-    rank_pattern: dict[str, int] | None = None  # module name or pattern -> rank
     gelora: GeLoRAConfig = field(default_factory=GeLoRAConfig)
-    init: str = "kaiming"  # how a link starts: kaiming, pissa, olora, carry, eva, lora-ga or loftq
-    carry: float = 0.0  # init: carry: the share of a link that the next one starts from
     calibration: int = 32  # init: eva or lora-ga: training examples that each link's start looks at
-    frozen: Literal["a", "b"] | None = None  # the factor that is not trained
-    share: float = 1.0  # of the blocks, drawn anew for each link, that it covers
-    gate: str | None = None  # what a link trains beside A and B: adalora, sora (on the rank) or dora (on the output)
-    base: Literal["auto", "dense", "nf4", "ledger"] = "auto"  # where tied links live: in the weights, or beside them
-    rounding: Literal["auto", "nearest", "stochastic"] = "auto"  # how a tie rounds into 16-bit or 4-bit weights
+
+    def check(self, section: str = "chain.") -> None:
+        super().check(section)
+        mean = self.gelora.mean_rank
+        _require(mean is None or mean >= 1, f"{section}gelora.mean_rank is {mean}, but a rank is at least 1.")
+        _require(len(self.targets) > 0, f"{section}targets is empty: name at least one module, or all-linear.")
+        for where, count in (("gelora.examples", self.gelora.examples), ("calibration", self.calibration)):
+            _require(count >= 1, f"{section}{where} is {count}, but it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -103,6 +133,36 @@ class ScheduleConfig:
     rewarm: int = 0  # steps of a warm-up of each later link, back to the global curve
     optimizer_state: str = "reset"  # at a tie: reset, keep, prune-magnitude or prune-random; of equal ranks only
     prune: float = 0.9  # prune-...: the share of the optimizer's moments that is zeroed
+
+    def check(self) -> None:
+        for key, share in (("prune", self.prune), ("lr_end", self.lr_end)):
+            _require(0 <= share <= 1, f"schedule.{key} is {share}, but it is a share between 0 and 1.")
+        _require(
+            self.rewarm == 0 or self.lr_span == "global",
+            "schedule.rewarm returns to the global learning-rate curve: set schedule.lr_span to global, or use warmup.",
+        )
+        links = self.links
+        _require(
+            1 <= links <= 10_000, f"schedule.links is {links}, but a chain has at least 1 link and at most 10,000."
+        )
+        _require(
+            (self.epochs is None) != (self.steps is None),
+            "Give the chain's whole length once: either schedule.epochs or schedule.steps"
+            + (", not both." if self.epochs is not None else "."),
+        )
+        length = self.steps if self.steps is not None else self.epochs
+        _require(length is not None and length > 0, f"schedule's length is {length}, but it must be positive.")
+        for key, values in (("shares", self.shares), ("ranks", self.ranks)):
+            if values is not None:
+                _require(
+                    len(values) == links,
+                    f"schedule.{key} has {len(values)} entries, but schedule.links is {links}: give one for each link.",
+                )
+                _require(min(values) > 0, f"schedule.{key} is {list(values)}, but every entry must be positive.")
+        _require(self.lr > 0, f"schedule.lr is {self.lr}, but it must be positive.")
+        for key, count in (("warmup", self.warmup), ("rewarm", self.rewarm)):
+            _require(count >= 0, f"schedule.{key} is {count}, but it must not be negative.")
+        _require_positive("schedule", plateau=self.plateau)
 
 
 @dataclass(frozen=True)
@@ -133,6 +193,24 @@ class TrainConfig:
     save_every: int = 100  # steps; a checkpoint is also written at every knot
     log_every: int = 5
     loggers: tuple[Literal["tensorboard", "trackio"], ...] = ()
+
+    def check(self) -> None:
+        for key in ("lr_ratio", "eps"):
+            _require(getattr(self, key) > 0, f"train.{key} is {getattr(self, key)}, but it must be positive.")
+        for key in ("weight_decay", "sigma", "penalty"):
+            _require(getattr(self, key) >= 0, f"train.{key} is {getattr(self, key)}, but it must not be negative.")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas), f"train.betas is {list(self.betas)}, but both are in [0, 1)."
+        )
+        _require(
+            0 < self.budget <= 1,
+            f"train.budget is {self.budget}, but it is a share of directions, above 0 and at most 1.",
+        )
+        rows = self.accumulation
+        _require(rows <= 1_000_000, f"train.accumulation is {rows}, but it is at most 1,000,000.")
+        for key in ("batch_size", "accumulation", "save_every", "log_every", "eval_batch_size"):
+            _require(getattr(self, key) >= 1, f"train.{key} is {getattr(self, key)}, but it must be at least 1.")
+        _require_positive("train", eval_every=self.eval_every, early_stop=self.early_stop, clip=self.clip)
 
 
 @dataclass(frozen=True)
@@ -208,133 +286,75 @@ def to_yaml(config: Config) -> str:
 
 
 def validate(config: Config) -> None:
-    """Rules that types cannot say. Each failure names its key."""
-    s, t, d, c = config.schedule, config.train, config.data, config.chain
-    _require(bool(config.model.name), "model.name is missing: name a folder or a model on the hub.")
-    _require(bool(d.train), "data.train is missing: name a jsonl, csv or parquet file or a hub data set.")
-    _validate_task(config)
-    _require(c.r >= 1, f"chain.r is {c.r}, but a rank is at least 1.")
-    for name, rank in (c.rank_pattern or {}).items():
-        _require(rank >= 1, f"chain.rank_pattern gives {name} rank {rank}, but a rank is at least 1.")
-    _require(0 < c.alpha < 1e30, f"chain.alpha is {c.alpha}, but it must be positive, and a number in 32 bits.")
+    """Rules that types cannot say: each section's own, then those between sections. Each failure names its key."""
+    for part in (config.model, config.data, config.chain, config.schedule, config.train):
+        part.check()
     for slot in SLOTS:
         section, key = slot.key.split(".")
         name = getattr(getattr(config, section), key)
         if name is not None:
             slot.choose(name)
-    _require(0 < c.share <= 1, f"chain.share is {c.share}, but it is a share of the blocks, above 0 and at most 1.")
-    for where, share in (("chain.carry", c.carry), ("schedule.prune", s.prune), ("schedule.lr_end", s.lr_end)):
-        _require(0 <= share <= 1, f"{where} is {share}, but it is a share between 0 and 1.")
-    _require(
-        s.rewarm == 0 or s.lr_span == "global",
-        "schedule.rewarm returns to the global learning-rate curve: set schedule.lr_span to global, or use warmup.",
-    )
-    _require(t.lr_ratio > 0, f"train.lr_ratio is {t.lr_ratio}, but it must be positive.")
-    _require(t.weight_decay >= 0, f"train.weight_decay is {t.weight_decay}, but it must not be negative.")
-    _require(all(0 <= beta < 1 for beta in t.betas), f"train.betas is {list(t.betas)}, but both are in [0, 1).")
-    _require(t.eps > 0, f"train.eps is {t.eps}, but it must be positive.")
-    _require(t.sigma >= 0, f"train.sigma is {t.sigma}, but it must not be negative.")
-    _require(
-        t.gradient is None or c.frozen is None,
-        f"train.gradient is {t.gradient}, which needs both factors trained: set chain.frozen to null.",
-    )
-    _require(
-        t.after_step is None or c.gate is not None,
-        f"train.after_step is {t.after_step}, which changes gates: set chain.gate.",
-    )
-    _require(t.penalty >= 0, f"train.penalty is {t.penalty}, but it must not be negative.")
-    _require(0 < t.budget <= 1, f"train.budget is {t.budget}, but it is a share of directions, above 0 and at most 1.")
-    _require(
-        c.share == 1 or s.optimizer_state == "reset",
-        f"schedule.optimizer_state is {s.optimizer_state}, but with chain.share below 1 links cover different modules: "
-        "set it to reset.",
-    )
-    _require(
-        not (s.optimizer_state.startswith("prune") and t.optimizer not in ("adamw", "adam")),
-        f"schedule.optimizer_state is {s.optimizer_state}, which prunes PyTorch's moments: use train.optimizer adamw.",
-    )
-    sentence = f"chain.ranks is {c.ranks}, which decides the rank of every module: leave schedule.ranks out."
-    _require(c.ranks == "uniform" or s.ranks is None, sentence)
-    mean = c.gelora.mean_rank
-    _require(mean is None or mean >= 1, f"chain.gelora.mean_rank is {mean}, but a rank is at least 1.")
-    _require(0 <= c.dropout < 1, f"chain.dropout is {c.dropout}, but it must be at least 0 and less than 1.")
-    _require(len(c.targets) > 0, "chain.targets is empty: name at least one module, or all-linear.")
-    _require(
-        1 <= s.links <= 10_000, f"schedule.links is {s.links}, but a chain has at least 1 link and at most 10,000."
-    )
-    _require(
-        (s.epochs is None) != (s.steps is None),
-        "Give the chain's whole length once: either schedule.epochs or schedule.steps"
-        + (", not both." if s.epochs is not None else "."),
-    )
-    length = s.steps if s.steps is not None else s.epochs
-    _require(length is not None and length > 0, f"schedule's length is {length}, but it must be positive.")
-    for key, values in (("shares", s.shares), ("ranks", s.ranks)):
-        if values is not None:
-            _require(
-                len(values) == s.links,
-                f"schedule.{key} has {len(values)} entries, but schedule.links is {s.links}: give one for each link.",
-            )
-            _require(min(values) > 0, f"schedule.{key} is {list(values)}, but every entry must be positive.")
-    _require(s.lr > 0, f"schedule.lr is {s.lr}, but it must be positive.")
-    for where, count in (("warmup", s.warmup), ("rewarm", s.rewarm)):
-        _require(count >= 0, f"schedule.{where} is {count}, but it must not be negative.")
-    for where, count in (("gelora.examples", c.gelora.examples), ("calibration", c.calibration)):
-        _require(count >= 1, f"chain.{where} is {count}, but it must be at least 1.")
-    _require(t.accumulation <= 1_000_000, f"train.accumulation is {t.accumulation}, but it is at most 1,000,000.")
-    for key in ("batch_size", "accumulation", "save_every", "log_every", "eval_batch_size"):
-        _require(getattr(t, key) >= 1, f"train.{key} is {getattr(t, key)}, but it must be at least 1.")
-    for where, key, value in (
-        ("train", "eval_every", t.eval_every),
-        ("train", "early_stop", t.early_stop),
-        ("train", "clip", t.clip),
-        ("schedule", "plateau", s.plateau),
-        ("data", "limit", d.limit),
-    ):
-        _require(
-            value is None or value > 0, f"{where}.{key} is {value}, but it must be positive, or null to turn it off."
-        )
-    _require(
-        not (c.base == "dense" and config.model.load_in_4bit),
-        "chain.base is dense, but model.load_in_4bit is set: use nf4, ledger or auto.",
-    )
-    _require(
-        not (t.shard and config.model.load_in_4bit),
-        "train.shard is for 16- and 32-bit weights, but model.load_in_4bit is set: leave one of them out (without "
-        "shard every process holds the whole 4-bit model).",
-    )
-    _require(
-        not t.shard or c.ranks == "uniform",
-        f"train.shard is set, but chain.ranks is {c.ranks}, which looks into the model: run `cola ranks`, paste what "
-        "it finds, or leave train.shard out.",
-    )
-    _require(
-        s.plateau is None or t.eval_every is not None,
-        "schedule.plateau ends a link by its evaluations, but train.eval_every is not set: set both.",
-    )
-    _require(
-        d.template == DataConfig.template or bool(d.verbalisers) or config.model.task == "sequence-classification",
-        "data.template is for classification, but data.verbalisers is missing: give the words of the labels, or write "
-        "the data as prompt and completion.",
-    )
-    _require(d.max_length >= 2, f"data.max_length is {d.max_length}, but it must be at least 2 tokens.")
-    _require(0 <= d.eval_share < 1, f"data.eval_share is {d.eval_share}, but it is a share of the rows in [0, 1).")
-    _require(
-        d.format != "classification" or bool(d.verbalisers and len(d.verbalisers) > 1),
-        "data.format is classification, but data.verbalisers does not give the words of at least two labels.",
-    )
+    _check_together(config)
+    _check_task(config)
 
 
-def _validate_task(config: Config) -> None:
+def _check_together(config: Config) -> None:
+    m, d, c, s, t = config.model, config.data, config.chain, config.schedule, config.train
+    rules = (
+        (
+            t.gradient is None or c.frozen is None,
+            f"train.gradient is {t.gradient}, which needs both factors trained: set chain.frozen to null.",
+        ),
+        (
+            t.after_step is None or c.gate is not None,
+            f"train.after_step is {t.after_step}, which changes gates: set chain.gate.",
+        ),
+        (
+            c.share == 1 or s.optimizer_state == "reset",
+            f"schedule.optimizer_state is {s.optimizer_state}, but with chain.share below 1 links cover different "
+            "modules: set it to reset.",
+        ),
+        (
+            not (s.optimizer_state.startswith("prune") and t.optimizer not in ("adamw", "adam")),
+            f"schedule.optimizer_state is {s.optimizer_state}, which prunes PyTorch's moments: use train.optimizer "
+            "adamw.",
+        ),
+        (
+            c.ranks == "uniform" or s.ranks is None,
+            f"chain.ranks is {c.ranks}, which decides the rank of every module: leave schedule.ranks out.",
+        ),
+        (
+            not (c.base == "dense" and m.load_in_4bit),
+            "chain.base is dense, but model.load_in_4bit is set: use nf4, ledger or auto.",
+        ),
+        (
+            not (t.shard and m.load_in_4bit),
+            "train.shard is for 16- and 32-bit weights, but model.load_in_4bit is set: leave one of them out (without "
+            "shard every process holds the whole 4-bit model).",
+        ),
+        (
+            not t.shard or c.ranks == "uniform",
+            f"train.shard is set, but chain.ranks is {c.ranks}, which looks into the model: run `cola ranks`, paste "
+            "what it finds, or leave train.shard out.",
+        ),
+        (
+            s.plateau is None or t.eval_every is not None,
+            "schedule.plateau ends a link by its evaluations, but train.eval_every is not set: set both.",
+        ),
+        (
+            d.template == DataConfig.template or bool(d.verbalisers) or m.task == "sequence-classification",
+            "data.template is for classification, but data.verbalisers is missing: give the words of the labels, or "
+            "write the data as prompt and completion.",
+        ),
+    )
+    for holds, sentence in rules:
+        _require(holds, sentence)
+
+
+def _check_task(config: Config) -> None:
     m, d, t = config.model, config.data, config.train
     if m.task == "causal-lm":
-        _require(not m.labels, "model.labels names classes, but model.task is causal-lm: set a task that classifies.")
         return
-    _require(
-        len(set(map(str, m.labels))) == len(m.labels) > 1,
-        f"model.task is {m.task}, but model.labels does not name at least two different classes: list them in the "
-        "order of the head's outputs.",
-    )
     for holds, what in (
         (d.format == "auto", f"data.format is {d.format}"),
         (not d.verbalisers, "data.verbalisers is set"),
@@ -343,8 +363,3 @@ def _validate_task(config: Config) -> None:
         (not t.shard, "train.shard is set"),
     ):
         _require(holds, f"{what}, which model.task {m.task} has no use for: leave it out.")
-
-
-def _require(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise UserError(sentence)

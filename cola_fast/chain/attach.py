@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from .. import store, world
-from ..errors import UserError, note, shown
+from ..errors import UserError, listed, note, shown
 from ..layers.layer import LoRALinear
 from ..layers.targets import modules_named, select
+from ..methods.options import ChainOptions, LinkOptions, from_arguments
 from .bases import choose_base
 from .beside import choose_beside, recorded_beside, require_apart
 from .calibration import Batches
@@ -26,66 +28,46 @@ from .sealed_link import SealedLink
 
 def attach(
     model: nn.Module,
+    options: ChainOptions | None = None,
     *,
-    r: int = 8,
-    alpha: float = 16.0,
-    targets: str | Sequence[str] = ("q_proj", "v_proj"),
-    dropout: float = 0.0,
-    base: str = "auto",
-    rounding: str = "auto",
     seed: int = 0,
-    rank_pattern: Mapping[str, int] | None = None,
     first_rank: int | None = None,
-    init: str = "kaiming",
-    scaling: str = "lora",
-    frozen: str | None = None,
-    share: float = 1.0,
-    carry: float = 0.0,
-    gate: str | None = None,
     batches: Batches | None = None,
     original: nn.Module | None = None,
-    train_also: str | Sequence[str] = (),
-    train_tokens: Sequence[int] = (),
+    **keys: Any,
 ) -> Chain:
     """Freeze `model` and open link 0 on the targeted linears. The model's function does not change.
 
     Args:
-        r, alpha: rank and alpha of a link; its scale is alpha / R, R being the module's own rank, see `scaling`.
-        targets: names (`q_proj`), `"all-linear"`, or a regular expression over full module names.
-        dropout: on the low-rank branch, in training mode.
-        base, rounding: how tied links are kept, see `chain.bases`.
+        options: a chain's options as one object, or each as an argument: `attach(model, r=8, targets="all-linear")`.
+            They and their defaults are in `methods.options`, and the keys of a configuration's section `chain`.
         seed: of the links' initial values and of stochastic rounding.
-        rank_pattern: module name or pattern -> rank, over `r`.
         first_rank: rank of link 0 if it is not `r`, as in a step-down.
-        init, scaling: names from `methods`: how a link starts (kaiming, pissa, olora, carry, eva, lora-ga,
-            loftq), and its scale (lora: alpha / R, rslora: alpha / sqrt(R), constant: alpha / r).
-        frozen: "a" or "b", the factor that is not trained.
-        share: of the blocks, drawn anew for each link, that it covers.
-        carry: with init="carry", the share of a link that the next one starts from.
-        gate: what a link trains beside A and B: adalora, sora (gates on the rank), dora (one on the output) or None.
         batches: with init="eva" or "lora-ga", a few training batches to look at, for this link and later ones: what
             the model's forward takes, with labels for lora-ga (`input_ids` and `labels` [B, T], `attention_mask`).
         original: with init="loftq", the 16-bit model that a 4-bit `model` was quantised from. It is not kept.
-        train_also: modules that are trained whole beside the links (a classification head, embeddings, norms), by name,
-            end of a name or regular expression; see `chain.beside`. A head that no checkpoint has belongs here.
-        train_tokens: tokens whose rows of the embeddings, and of the output head, are trained beside the links, such as
-            those that `resize_token_embeddings` has made room for.
 
     Raises:
         UserError (a ValueError): see `layers.targets` and `layers.layer`. The model is then as it was.
     """
+    if options is not None and (keys or not isinstance(options, ChainOptions)):
+        given = f"and {listed(keys)} beside it" if keys else f"a {type(options).__name__}"
+        raise UserError(f"options is given {given}: give one ChainOptions, or the options as arguments.")
+    o = from_arguments(keys) if options is None else options
     model = _bare(model)
-    capped = isinstance(targets, str) and targets == "all-linear"
-    settings = Settings(r, alpha, dropout, seed, rank_pattern, init, scaling, frozen, share, carry, gate, capped)
-    settings.validate()
-    beside = choose_beside(model, train_also, train_tokens)
-    modules, left_out = select(model, targets, beside.held())
+    capped = isinstance(o.targets, str) and o.targets == "all-linear"
+    shared = {field.name: getattr(o, field.name) for field in fields(LinkOptions)}
+    settings = Settings(**shared, seed=seed, capped=capped)
+    settings.check()
+    beside = choose_beside(model, o.train_also, o.train_tokens)
+    modules, left_out = select(model, o.targets, beside.held())
     require_apart(beside, modules)
     shapes = {n: (m.out_features, m.in_features) for n, m in modules.items()}
     lower = settings.lowered(shapes, first_rank)
     experts = coverage(model, modules).note() if capped else None
-    settings = replace(settings, alpha=float(alpha), rank_pattern=dict(rank_pattern) if rank_pattern else None)
-    kind = choose_base(base, rounding, modules.values())
+    pattern = dict(o.rank_pattern) if o.rank_pattern else None
+    settings = replace(settings, alpha=float(o.alpha), rank_pattern=pattern)
+    kind = choose_base(o.base, o.rounding, modules.values())
     chain = Chain(model, modules, kind, settings, base_identity(model, beside), beside)
     try:
         beside.begin_at(world.lead(beside.values))  # a fresh head is rank 0's everywhere
@@ -96,6 +78,18 @@ def attach(
     for sentence in filter(None, (left_out, lower, experts, beside.forgotten(modules))):
         note(sentence)
     return chain
+
+
+def _shown_with_options(function: Any) -> None:
+    """`help(attach)` and editors list every option with its default, as if each were written out."""
+    own = inspect.signature(function)
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type) for f in fields(ChainOptions)]
+    function.__signature__ = own.replace(parameters=[*kept, *options])
+
+
+_shown_with_options(attach)
 
 
 def load_chain(model: nn.Module, folder: str | Path, *, links: int | None = None) -> Chain:
@@ -139,7 +133,7 @@ def rebuild(
     if state is not None:
         beside.require_fitting(state.get("beside", {}), f"The newest state in {folder}")
     settings = Settings(**{f.name: record[f.name] for f in fields(Settings) if f.name in record})
-    settings.validate()
+    settings.check()
     modules = modules_named(model, record["modules"])
     found = {name: [module.out_features, module.in_features] for name, module in modules.items()}
     if found != record["modules"]:

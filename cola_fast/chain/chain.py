@@ -115,8 +115,8 @@ class Chain:
         self._require_layers()
         self._require_folded()
         pattern = self.settings.rank_pattern if rank_pattern is None else rank_pattern
-        ranks = replace(self.settings, rank_pattern=pattern).ranks(self._shapes(), r)
-        settings = replace(self.settings, rank_pattern=None if pattern is None else dict(pattern))
+        ranks = self.settings.with_pattern(pattern).ranks(self._shapes(), r)
+        settings = self.settings.with_pattern(None if pattern is None else dict(pattern))
         looked_at = self.batches if batches is None else as_batches(batches)
         index, init = len(self.links), settings.init
 

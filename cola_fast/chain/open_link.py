@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,53 +21,26 @@ from ..layers.factors import Factors
 from ..layers.layer import LoRALinear, factor_dtype
 from ..layers.targets import assign_ranks, block_of
 from ..methods import GATE, INIT, SCALING, Gates, Site, wanted_by
+from ..methods.options import LinkOptions
 from ..seeds import derive_seed
 from .sealed_link import spread
 
-LARGEST = 1e30  # of what is a number in 32 bits, with room for products
-
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(LinkOptions):
     """What every link of a chain shares, as recorded in chain.json."""
 
-    r: int
-    alpha: float
-    dropout: float
-    seed: int
-    rank_pattern: Mapping[str, int] | None
-    init: str = "kaiming"
-    scaling: str = "lora"
-    frozen: str | None = None
-    share: float = 1.0
-    carry: float = 0.0
-    gate: str | None = None
+    seed: int = 0  # of the links' initial values and of stochastic rounding
     capped: bool = False  # where a weight is too small for a link's rank, it gets the highest it can have
 
-    def validate(self) -> None:
-        """Raises UserError for a value that no link can have."""
-        INIT.choose(self.init, "init")
-        SCALING.choose(self.scaling, "scaling")
-        if self.gate is not None:
-            GATE.choose(self.gate, "gate")
+    def check(self, section: str = "") -> None:
+        super().check(section)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise UserError(f"seed is {shown(self.seed)}, but must be a whole number.")
-        for key in ("alpha", "dropout", "share", "carry"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
-                raise UserError(f"{key} is {shown(value)}, but it must be a finite number, in 32 bits.")
-        needed = self.frozen in wanted_by(self.init).trained
-        rules = (
-            (0 <= self.dropout < 1, f"dropout is {self.dropout}, but it must be at least 0 and less than 1."),
-            (self.alpha > 0, f"alpha is {self.alpha}, but it must be positive."),
-            (self.frozen in (None, "a", "b"), f"frozen is {shown(self.frozen)}, but must be 'a', 'b' or None."),
-            (not needed, f"frozen is {self.frozen!r}, but init {self.init} needs that factor trained: set it to None."),
-            (0 < self.share <= 1, f"share is {self.share}, but it is a share of the blocks, above 0 and at most 1."),
-            (0 <= self.carry <= 1, f"carry is {self.carry}, but it is a share of a link, between 0 and 1."),
-        )
-        for holds, sentence in rules:
-            if not holds:
-                raise UserError(sentence)
+
+    def with_pattern(self, pattern: Any) -> Settings:
+        """The same with another `rank_pattern`, as it was given: `ranks` checks it."""
+        return replace(self, rank_pattern=pattern)
 
     def ranks(self, shapes: Mapping[str, tuple[int, int]], r: int | None = None) -> dict[str, int]:
         """Module -> the rank of a link of rank `r` (the chain's own when None).

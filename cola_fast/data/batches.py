@@ -11,8 +11,8 @@ batches need few positions. So: left exactly where that makes `positions` shorte
 **Packing.** Several sequences in one row; position_ids restart with each and there is no mask: transformers reads the
 borders from position_ids (as long as use_cache is off), and builds the block-diagonal mask in the form that each
 attention implementation wants (eager cannot take a boolean one; a mask of ours would override a sliding window).
-flash_attention_2 reads them only in a batch of one row, hence `flat`. `training.batch_checks` tests whether the model at
-hand really keeps the sequences apart.
+flash_attention_2 reads them only in a batch of one row, hence `flat`. `training.batch_checks` tests whether the model
+at hand really keeps the sequences apart.
 
 **Sums, not means.** `batch_loss` returns a sum and a count, so that accumulated batches weigh every token equally:
 add the counts of all micro-batches of a step, and divide each loss by that total.

@@ -16,7 +16,7 @@ from ..data.rows import Data
 from .batch_checks import wants_flat
 from .memory import Estimate, estimate
 from .models import load_empty_model, load_tokenizer, resolve_device, resolve_dtype
-from .prepare import base_kind, prepare, read_data, rehearse, train_also
+from .prepare import base_kind, chain_options, prepare, read_data, rehearse
 from .schedule import Schedule
 
 
@@ -46,13 +46,11 @@ def plan_run(config: Config) -> Plan:
     schedule, feed = prepare(config, data)
     c, t = config.chain, config.train
     ranks = [span.rank for span in schedule.spans]
-    chain = attach(
-        model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base if stored is None else "ledger",
-        rank_pattern=c.rank_pattern, first_rank=max(ranks), scaling=c.scaling, frozen=c.frozen, share=c.share,
-        gate=c.gate, train_also=train_also(config, model), train_tokens=c.train_tokens,
-    )  # fmt: skip
-    chain.settings = replace(chain.settings, init=c.init)  # which looks at weights, and there are none
-    chain.settings.validate()
+    options = replace(chain_options(config, model, None), init="kaiming", carry=0.0)  # there are no weights to look at
+    options = replace(options, base=c.base if stored is None else "ledger")
+    chain = attach(model, options, first_rank=max(ranks))
+    chain.settings = replace(chain.settings, init=c.init, carry=c.carry)
+    chain.settings.check()
     for rank in ranks if c.ranks == "uniform" else []:
         chain.ranks(rank)
     rehearse(chain, config)

@@ -15,7 +15,7 @@ from torch import nn
 from .. import world
 from ..chain.calibration import Sample, draw
 from ..chain.chain import Chain
-from ..config import Config
+from ..config import ChainConfig, Config
 from ..data import heads
 from ..data.batches import Feed
 from ..data.rows import Data, holds_out, load_data
@@ -147,11 +147,13 @@ def load_base(config: Config) -> tuple[nn.Module, torch.device | None]:
     return load_model(replace(settings, device="cpu", dtype="fp32" if wide else "bf16")), device
 
 
-def train_also(config: Config, model: nn.Module) -> list[str]:
-    """chain.train_also, and the head of a classifying task."""
-    given = config.chain.train_also
-    named = [given] if isinstance(given, str) else list(given)
-    return [*named, *([] if config.model.task == "causal-lm" else heads.names(model))]
+def chain_options(config: Config, model: nn.Module, data: Data | None) -> ChainConfig:
+    """What `attach` takes: with the ranks that the method chooses from the data, and with a classifying task's head."""
+    c = config.chain
+    given = (c.train_also,) if isinstance(c.train_also, str) else c.train_also
+    head = () if config.model.task == "causal-lm" else tuple(heads.names(model))
+    pattern = None if data is None else choose_ranks(config, model, data, 0)
+    return replace(c, train_also=(*given, *head), rank_pattern=pattern or c.rank_pattern)
 
 
 def choose_ranks(config: Config, model: nn.Module, data: Data, link: int) -> dict[str, int] | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import console, world
 from ..chain.attach import attach, rebuild
@@ -38,13 +37,16 @@ from ..errors import UserError, note
 from ..layers.sharding import shard
 from ..methods import AFTER_STEP, GRADIENT, PERTURB, STATE, Step
 from ..seeds import derive_seed
-from . import liger, metrics, out_of_memory, plot
+from . import liger, out_of_memory
 from .batch_checks import wants_flat
 from .evaluate import Score, evaluate
+from .journal import Journal
 from .models import checkpoint_activations, load_tokenizer
 from .optimizer import load_state as load_optimizer_state
 from .optimizer import make_optimizer, next_state, set_lr, state_of
+from .position import Position, position_in, require_position
 from .prepare import (
+    chain_options,
     check_batches,
     choose_ranks,
     load_base,
@@ -53,29 +55,11 @@ from .prepare import (
     prepare,
     read_data,
     rehearse,
-    train_also,
 )
-from .progress import SECONDS_BETWEEN_LINES, Progress
+from .progress import Progress
 from .run import Run
 from .schedule import Schedule
 from .signals import collected_signals
-
-
-@dataclass
-class Position:
-    """Where a run is. Saved with every state."""
-
-    step: int = 0  # optimizer steps done
-    link: int = 0  # the link being trained
-    link_start: int = 0  # step at which it was opened
-    knot_due: bool = False  # it is fully trained, and to be tied next
-    stopping: bool = False  # by early_stop: that knot is the last one
-    best_loss: float = math.inf  # on the validation set, over the run
-    stale: int = 0  # evaluations since then
-    link_best_loss: float = math.inf
-    link_stale: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,19 +99,15 @@ def train(config: Config, *, quiet: bool = False) -> Result:
             if resuming:
                 record = read_record(run.path)
                 state, passed = newest_state(run.path, record)
-                at = _require_position(record, state, run.path)
+                at = require_position(record, state, run.path)
                 if passed:
                     note(f"{passed[0]} Going on from step {at.step}: the links will be the same.")
                 chain = rebuild(model, run.path, record, state)
             else:
-                c = config.chain
-                pattern = choose_ranks(config, model, data, 0) or c.rank_pattern
                 chain = attach(
-                    model, r=c.r, alpha=c.alpha, targets=c.targets, dropout=c.dropout, base=c.base, rounding=c.rounding,
-                    seed=config.train.seed, rank_pattern=pattern, first_rank=schedule.spans[0].rank, init=c.init,
-                    scaling=c.scaling, frozen=c.frozen, share=c.share, carry=c.carry, gate=c.gate,
-                    batches=looked_at(config, data, 0), original=original_model(config),
-                    train_also=train_also(config, model), train_tokens=c.train_tokens,
+                    model, chain_options(config, model, data), seed=config.train.seed,
+                    first_rank=schedule.spans[0].rank, batches=looked_at(config, data, 0),
+                    original=original_model(config),
                 )  # fmt: skip
             for span in schedule.spans:
                 chain.ranks(span.rank)
@@ -152,27 +132,6 @@ def train(config: Config, *, quiet: bool = False) -> Result:
             return loop.run()
 
 
-def _require_position(record: Mapping[str, Any], state: Mapping[str, Any] | None, run: Path) -> Position:
-    """Where a state goes on. Refuses one that would train sealed links again."""
-    position = _position(state, run) if state is not None and state["extra"] else Position()
-    sealed = len(record["links"])
-    if sealed != position.link and not (sealed == position.link + 1 and position.knot_due):
-        found = "no readable state" if state is None else f"the newest readable state is of link {position.link + 1}"
-        raise UserError(
-            f"{run} has {sealed} sealed links, but {found} (files in state/ are missing or damaged): restore them from "
-            "a copy, or set `out` to a new folder to train anew. The links are whole: load_chain(model, folder, "
-            f"links={sealed}) brings them back."
-        )
-    return position
-
-
-def _position(state: Mapping[str, Any], run: Path) -> Position:
-    try:
-        return Position(**state["extra"]["position"])
-    except (KeyError, TypeError):
-        raise UserError(f"The states in {run / 'state'} are not of `cola train`: set `out` to a new folder.") from None
-
-
 def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     return batch_loss(needed_logits(model, batch), batch)[0]
 
@@ -195,7 +154,7 @@ class _Loop:
         self.data, self.schedule, self.feed, self.quiet = data, schedule, feed, quiet
         self.summed_loss = summed_loss
         self.device = next(model.parameters()).device
-        self.stderr = console.errors()
+        self.journal = Journal(run, steps=schedule.total, links=len(schedule.spans), quiet=quiet)
         self.at = Position()
         self.resumed = state is not None
         self.score: Score | None = None
@@ -208,7 +167,7 @@ class _Loop:
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at: reading one waits for the GPU
         self.unlogged: list[float] = []  # losses of the steps since the last row of metrics
         if state is not None and state["extra"]:
-            self._restore(state["extra"], _position(state, run))
+            self._restore(state["extra"], position_in(state, run))
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
         model.train()
@@ -216,22 +175,11 @@ class _Loop:
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> Result:
-        self.started = time.perf_counter() - self.at.seconds
-        self.logged_tokens, self.logged_at = self.at.tokens, time.perf_counter()
-        self.said_at = self.logged_at
-        self.loggers: list[metrics.Logger] = []
-        with world.together():
-            if world.is_main():
-                step = self.at.step if self.resumed else -1
-                self.loggers = [metrics.JsonLines(self.path, resume_step=step, link=self.at.link)]
-                self.loggers += [metrics.LOGGERS[name](self.path) for name in self.config.train.loggers]
-        self.bar = tqdm(
-            total=self.schedule.total,
-            initial=self.at.step,
-            unit="step",
-            disable=True if self.quiet else None,
-            file=self.stderr,
-        )
+        at = self.at
+        self.journal.open(
+            self.config.train.loggers, step=at.step, link=at.link, tokens=at.tokens, seconds=at.seconds,
+            resumed=self.resumed,
+        )  # fmt: skip
         with collected_signals() as self.signals:
             try:
                 if not self.resumed:
@@ -243,10 +191,8 @@ class _Loop:
                         self._step()
                     self._knot()
             finally:
-                self.bar.close()
-                for logger in self.loggers:
-                    logger.close()
-        self._draw()
+                self.journal.close()
+        self.journal.draw()
         best = None if math.isinf(self.at.best_loss) else self.at.best_loss
         return Result(self.path, self.at.step, len(self.chain.links), self.score, best, self.at.seconds)
 
@@ -295,7 +241,7 @@ class _Loop:
         at.step += 1
         at.tokens += sum(batch.tokens for batch in batches)
         self.pending.append((at.step, loss))
-        self.bar.update()
+        self.journal.step()
         if at.step - at.link_start >= self.schedule.spans[at.link].steps:
             at.knot_due = True
         if at.step % t.log_every == 0 or at.step == 1 or at.knot_due:
@@ -338,7 +284,7 @@ class _Loop:
             self._save()
             self.chain.tie()
         link = self.chain.links[at.link]
-        self._log({"event": "knot", "step": at.step, "link": at.link, "sha256": link.sha256, **link.fold})
+        self.journal.row({"event": "knot", "step": at.step, "link": at.link, "sha256": link.sha256, **link.fold})
         c, seed = self.config.schedule, derive_seed(self.config.train.seed, "state", at.link)
         change = STATE.choose(c.optimizer_state)
         self.optimizer_state = next_state(self.optimizer_state, lambda state: change(state, c.prune, seed))
@@ -347,8 +293,8 @@ class _Loop:
         at.link_best_loss, at.link_stale = math.inf, 0
         if at.link == len(self.schedule.spans) or at.stopping:
             self._save()
-        self._say(f"link {at.link} of {len(self.schedule.spans)} tied at step {at.step}")
-        self._draw()
+        self.journal.say(f"link {at.link} of {len(self.schedule.spans)} tied at step {at.step}")
+        self.journal.draw()
 
     # --- looking and keeping ------------------------------------------------------------------------------------------
 
@@ -360,9 +306,9 @@ class _Loop:
         with Progress(f"step {at.step}: validating", quiet=self.quiet) as progress:
             size = self.config.train.eval_batch_size
             self.score = evaluate(self.model, self.data.eval, batch_size=size, tell=progress)
-        self.logged_at += time.perf_counter() - began  # tokens per second are those of training
-        self._log({"event": "eval", "step": at.step, "link": at.link, **asdict(self.score)})
-        self._say(f"step {at.step}: validation {self.score}")
+        self.journal.leave_out(time.perf_counter() - began)
+        self.journal.row({"event": "eval", "step": at.step, "link": at.link, **asdict(self.score)})
+        self.journal.say(f"step {at.step}: validation {self.score}")
         if at.step == 0:
             return
         at.stale, at.link_stale = at.stale + 1, at.link_stale + 1
@@ -379,7 +325,7 @@ class _Loop:
     def _save(self) -> None:
         self._check_losses()
         self._check_factors()
-        self.at.seconds = time.perf_counter() - self.started
+        self.at.seconds = self.journal.seconds
         extra = {
             "position": asdict(self.at),
             "unlogged": self.unlogged,
@@ -422,31 +368,5 @@ class _Loop:
     def _log_training(self, lr: float) -> None:
         self._check_losses()
         loss, self.unlogged = sum(self.unlogged) / len(self.unlogged), []
-        now = time.perf_counter()
-        rate = (self.at.tokens - self.logged_tokens) / max(now - self.logged_at, 1e-9)
-        self.logged_tokens, self.logged_at = self.at.tokens, now
-        row = {"event": "train", "step": self.at.step, "link": self.at.link, "loss": loss, "lr": lr}
-        self._log({**row, "tokens_per_second": round(rate, 1), "seconds": round(now - self.started, 2)})
-        if self.bar.disable and now - self.said_at > SECONDS_BETWEEN_LINES:  # no terminal: lines instead of a bar
-            left = (self.schedule.total - self.at.step) * (now - self.started) / self.at.step
-            speed = f"loss {loss:.3f}, {rate:,.0f} tokens/s"
-            self._say(f"step {self.at.step} of {self.schedule.total}: {speed}, {left:.0f} s left")
-        self.bar.set_description(f"link {self.at.link + 1} of {len(self.schedule.spans)}")
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
-
-    def _log(self, row: dict[str, Any]) -> None:
-        for logger in self.loggers:
-            logger.log(row)
-
-    def _draw(self) -> None:
-        if not world.is_main():
-            return
-        try:
-            plot.draw(self.path)
-        except Exception as error:  # a picture must not stop a run
-            self._say(f"the plot was not drawn: {error}")
-
-    def _say(self, line: str) -> None:
-        self.said_at = time.perf_counter()
-        if not self.quiet:
-            tqdm.write(console.clean(line), file=self.stderr)
+        at = self.at
+        self.journal.training(step=at.step, link=at.link, tokens=at.tokens, loss=loss, lr=lr)

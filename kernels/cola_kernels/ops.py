@@ -240,7 +240,8 @@ def nf4_merge_(
 
     Args:
         weight: `[N, K]`, a `Params4bit` of bitsandbytes or any tensor with such a `quant_state`.
-        lora_a, lora_b: `[R, K]` and `[N, R]`.
+        lora_a: `[R, K]`.
+        lora_b: `[N, R]`.
         rounding: "stochastic", "nearest" or "activation"; nf4_fold.py says what each is good for.
         second_moment: of the inputs, the mean of x xᵀ over tokens, `[K, K]`; activation needs it.
         tokens: how many tokens second_moment is the mean of, to check that they are enough.

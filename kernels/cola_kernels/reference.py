@@ -56,7 +56,8 @@ def lora_linear(
         x: `[..., K]`, floating point.
         weight: `[N, K]`, frozen, of x's dtype (or any float dtype under autocast); or an NF4 weight of bitsandbytes,
             a `Params4bit`, dequantised to x's dtype for as long as one product takes.
-        lora_a, lora_b: `[R, K]` and `[N, R]`, any float dtype; used in x's dtype, gradients come back in their own.
+        lora_a: `[R, K]`, any float dtype; used in x's dtype, its gradient comes back in its own.
+        lora_b: `[N, R]`, likewise.
         scale: alpha / R.
         bias: `[N]` or None.
         dropout: probability in [0, 1) that an element of x is left out of the low-rank branch.
@@ -93,8 +94,9 @@ def lora_linear_group(
 ) -> tuple[Tensor, ...]:
     """`lora_linear` of several members that read the same x: one pass over x for every S, one accumulated dX.
 
-    Args: as `lora_linear`, one entry a member; N and R may differ between members, K may not. The members share one
-        dropout mask: each result is what `lora_linear` gives with the same seed. es, cs: the gates; None for none.
+    The arguments are those of `lora_linear`, one entry a member; N and R may differ between members, K may not. The
+    members share one dropout mask: each result is what `lora_linear` gives with the same seed. es and cs are the gates;
+    None for none.
 
     Returns:
         One `[..., N]` a member.
@@ -198,7 +200,8 @@ def merge_(
 
     Args:
         weight: `[N, K]` bf16, fp16, fp32 or fp64; any strides; changed in place, its storage stays.
-        lora_a, lora_b: `[R, K]` and `[N, R]`.
+        lora_a: `[R, K]`.
+        lora_b: `[N, R]`.
         rounding: "nearest", or "stochastic": up or down with the probability that makes the expectation exact.
         seed: of stochastic rounding; the same seed gives the same weight again.
         first_row: where weight and lora_b are some rows of a larger matrix, the number of the first: they are rounded

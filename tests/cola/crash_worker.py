@@ -148,7 +148,7 @@ def train(command: dict[str, Any], rank: int, answer: int) -> NoReturn:
     refusal, code = None, 1
     if command.get("double"):
         load, kaiming = prepare.load_model, INIT["kaiming"]
-        prepare.load_model = lambda settings: load(settings).double()
+        prepare.load_model = lambda *given: load(*given).double()
         INIT["kaiming"] = lambda site: kaiming(replace(site, dtype=torch.float32))  # the same numbers drawn
         layer.LoRALinear.open = in_double(layer.LoRALinear.open)  # type: ignore[method-assign]
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from .conftest import third_fold_raises
         ({"targets": "(["}, r"neither a module name nor a regular expression"),
         ({"targets": ["embed_tokens"]}, r"embed_tokens is a Embedding, but a link can only be attached"),
         ({"rank_pattern": {"k_proj": 4}}, r"rank_pattern key 'k_proj' matches no module.* q_proj|v_proj"),
-        ({"r": 0}, r"rank of .* is 0, but its weight is 32 x 32: choose 1 to 32"),
+        ({"r": 0}, "r is 0, but a rank is at least 1"),
+        ({"r": 33}, r"rank of .* is 33, but its weight is 32 x 32: choose 1 to 32"),
         ({"r": 33}, r"rank of .* is 33"),
         ({"rank_pattern": {"v_proj": 17}}, r"rank of .*v_proj is 17, but its weight is 16 x 32: choose 1 to 16"),
         ({"dropout": 1.0}, r"dropout is 1.0"),
@@ -206,3 +209,22 @@ def test_a_second_chain_is_refused(model: nn.Module) -> None:
         with pytest.raises(UserError, match="already belongs to a chain"):
             attach(model, targets=targets)
     assert len(chain.parameters()) == 4  # still trained
+
+
+def test_options_as_one_object_or_as_arguments() -> None:
+    from cola_fast.methods.options import ChainOptions
+
+    options = ChainOptions(r=3, targets=("q_proj",), dropout=0.1)
+    one, other = (
+        attach(tiny_llama(), options, seed=4),
+        attach(tiny_llama(), r=3, targets=["q_proj"], dropout=0.1, seed=4),
+    )
+    assert one.record([]) == other.record([])
+    with pytest.raises(UserError, match="options is given and r beside it"):
+        attach(tiny_llama(), options, r=3)
+    with pytest.raises(UserError, match=r"attach has no option rank\. Did you mean"):
+        attach(tiny_llama(), rank=3)
+    listed = inspect.signature(attach).parameters
+    assert {field.name: field.default for field in fields(ChainOptions)}.items() <= {
+        name: parameter.default for name, parameter in listed.items()
+    }.items()
