@@ -368,9 +368,12 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    import logging
 
-    logging.disable_progress_bar()
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of 8-bit weights it warns at every product
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class ModelConfig:
     name: str = ""  # a folder, or a name on the Hugging Face hub
     revision: str | None = None
     load_in_4bit: bool = False  # quantise the linear layers to NF4 with double quantisation, as QLoRA does
+    load_in_8bit: bool = False  # quantise them to bitsandbytes' LLM.int8
     task: Literal["causal-lm", "sequence-classification", "token-classification"] = "causal-lm"
     labels: tuple[str | int, ...] = ()  # of a classifying task: the classes, in the order of the head's outputs
     gguf_file: str | None = None  # a GGUF file inside that folder or repository

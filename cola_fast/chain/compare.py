@@ -30,7 +30,6 @@ ROWS, LENGTH = 8, 16  # of random inputs; tokens of a row
 SMALL = 1 << 30  # bytes of weights, up to which a checkpoint is loaded again to compare logits
 # Largest relative difference. Of 16-bit logits: the same weights, rounded once more in every layer.
 EXACT, LAYERS, LOGITS = 1e-6, {4: 1e-4, 2: 0.02}, {4: 1e-3, 2: 0.1}
-NOISE = 5  # times that of a layer whose library rounds activations, for the logits of a model
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -111,7 +110,8 @@ def layers(live_layers: Mapping[str, LoRALinear], state: Mapping[str, Tensor]) -
         if weight is None or weight.data_ptr() == layer.weight.data_ptr():  # the live weight itself
             continue
         x = _rows(name, layer.in_features).to(layer.weight.device, layer.compute_dtype)
-        live = _outputs(layer, x)
+        with weights.exactly(layer):
+            live = _outputs(layer, x)
         if not bool(live.isfinite().all()):
             broken += 1
             continue
@@ -120,7 +120,7 @@ def layers(live_layers: Mapping[str, LoRALinear], state: Mapping[str, Tensor]) -
         size = live.abs() + wide.norm(dim=-1)  # of outputs for such rows, also where terms cancel
         if not layer.kind.quantised:
             size += layer.weight.to(x).norm(dim=-1)
-        limit = max(LAYERS[min(4, layer.compute_dtype.itemsize)], layer.kind.noise)
+        limit = LAYERS[min(4, layer.compute_dtype.itemsize)]
         largest = max(largest, _require_close(merged, live, limit, f"the merged weight of {name}", size=size))
         count += 1
     left = f"; not compared: {broken} layers whose outputs are not finite" if broken else ""
@@ -185,8 +185,7 @@ def reloaded(model: Any, folder: Path) -> str:
     found = logits(other.to(place).eval())
     if isinstance(found, str):
         raise UserError(f"What was written loads, but does not run ({found}), where the live model does.")
-    noise = max(weight.noise for _, weight in weights.in_model(model))  # of one layer; logits have that of all
-    limit = max(LOGITS[min(4, live.dtype.itemsize, found.dtype.itemsize)], NOISE * noise)
+    limit = LOGITS[min(4, live.dtype.itemsize, found.dtype.itemsize)]
     largest = _require_close(found, live, limit, "the logits of what was written", typical=True)
     return f"compared: logits of {ROWS} random rows with those of what transformers loads from it ({largest:.0e})"
 
@@ -203,7 +202,7 @@ def logits(model: Any) -> Tensor | str:
     ids = ids.to(next(model.parameters()).device)
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})
     try:
-        with evaluating(model):
+        with evaluating(model), weights.exactly(model):
             found = model(**inputs)
     except Exception as error:  # a model that needs more than tokens says so in its own way
         return f"the model does not run on tokens alone: {reason(error)}"

@@ -166,6 +166,13 @@ class LoRALinear(nn.Linear):
         for key, value in weights.of(self).state().items():
             destination[f"{prefix}{key}"] = value if keep_vars else value.detach()
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected, weight = args[3], weights.of(self)
+        for key in weight.state():
+            if f"{prefix}{key}" in unexpected and weight.take(key, state_dict[f"{prefix}{key}"]):
+                unexpected.remove(f"{prefix}{key}")
+
     def extra_repr(self) -> str:
         rank = "no open link" if self.lora_A is None else f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
         return f"{super().extra_repr()}, {rank}"

@@ -12,6 +12,7 @@ from ..data.batches import Batch, collate
 from ..data.encode import IGNORE, Example
 from ..data.logits import needed_logits
 from ..errors import UserError
+from ..layers import weights
 from ..layers.torch_modes import evaluating
 
 
@@ -43,7 +44,7 @@ def check_causal(model: Any) -> None:
     """Raise UserError if a token can be seen from where it is to be predicted, as in BERT."""
     ids = _probes(model)[0].input_ids
     other = [*ids[:-1], (ids[-1] + 1) % int(model.get_input_embeddings().weight.shape[0])]
-    with evaluating(model):
+    with evaluating(model), weights.exactly(model):
         one, two = (_logits(model, collate([[Example(each, each)]])) for each in (ids, other))
     seen = float((one - two).norm() / one.norm())
     if not seen <= (1e-5 if model.dtype == torch.float32 else 2e-3):
@@ -70,7 +71,7 @@ def _check(model: Any, batch: Batch, own: Tensor, parts: list[Example], what: st
     swapped = replace(batch, input_ids=batch.input_ids.where(own, others))
     keep = (batch.targets != IGNORE) & own[:, batch.positions]
     try:
-        with evaluating(model):
+        with evaluating(model), weights.exactly(model):
             together, beside = (_logits(model, each)[keep] for each in (batch, swapped))
             alone = torch.cat([logits[0] for logits in (_logits(model, collate([[part]])) for part in parts)])
     except TypeError as error:

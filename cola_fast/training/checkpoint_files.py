@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import UserError, listed, shown, told
 from ..layers import weights
+from ..layers.weights.weight import Weight
 
 INDEX = ".safetensors.index.json"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -112,6 +113,18 @@ def _why(missing: Collection[str], unused: Collection[str]) -> str:
             if key.endswith(f".{other}"):
                 return f", without {key.removesuffix(other)} in front: put that there"
     return ""
+
+
+def refuse_others_than(name: str, kind: type[Weight], model: nn.Module) -> None:
+    """Raises UserError if a checkpoint whose config.json says that its weights are of this kind holds others, which
+    transformers leaves as they are."""
+    linears = {f"{path}.weight": m for path, m in model.named_modules() if kind.held_by(type(m))}
+    wrong = [key for key, linear in linears.items() if not isinstance(weights.of(linear), kind)]
+    if wrong:
+        raise UserError(
+            f"The weights of {name} do not fit its config.json, which says {kind.size}: {listed(wrong, 3)} are not. "
+            "Give the right one, or take quantization_config out."
+        )
 
 
 def refuse_not_finite(name: str, model: nn.Module) -> None:

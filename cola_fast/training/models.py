@@ -43,22 +43,23 @@ def load_model(config: ModelConfig, fresh: list[str] | None = None) -> nn.Module
     if config.gguf_file is None:
         options["use_safetensors"] = True
         checkpoint_files.refuse_other_files(config.name, _load_settings(config), partial(_find, config))
-    stored, asked = stored_as(config), weights.loaded_as(config)
-    if stored is not None or asked is not None:
+    stored, kind = stored_as(config), quantised_as(config)
+    if kind is not None:
         options |= {"device_map": {"": device}}
-    if stored is None and asked is not None:
-        options |= {"quantization_config": _quantised_to(asked, options["dtype"], config)}
+        options |= {} if stored else {"quantization_config": _quantised_to(kind, options["dtype"], config)}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused here, by name
     model, report = _from_pretrained(_auto_class(config), config, **options, **_classes(config))
     report, drawn = _without_head(model, report) if config.task != "causal-lm" else (report, [])
     checkpoint_files.refuse_incomplete(config.name, report)
+    if kind is not None:
+        checkpoint_files.refuse_others_than(config.name, kind, model)
     if fresh is not None:
         fresh += drawn
     if config.gguf_file is not None:
         forget_gguf(model)
     weights.hold(model)
     model = model if "device_map" in options else model.to(device)
-    if stored is not None:  # transformers leaves some in the dtype that they were quantised from, whatever it is asked
+    if stored:  # transformers leaves some in the dtype that they were quantised from, whatever it is asked
         for _, weight in weights.in_model(model):
             weight.use_in(options["dtype"])
     checkpoint_files.refuse_not_finite(config.name, model)
@@ -121,14 +122,24 @@ def stored_as(config: ModelConfig) -> type[Weight] | None:
 
 
 def quantised_as(config: ModelConfig) -> type[Weight] | None:
-    """The kind that the linears' weights will be, as stored or as the options quantise them while loading."""
-    return stored_as(config) or weights.loaded_as(config)
+    """The kind that the linears' weights will be, as stored or as the options quantise them while loading.
+
+    Raises UserError for options that ask for two kinds, or for another than the checkpoint's.
+    """
+    stored, asked = stored_as(config), weights.loaded_as(config)
+    if len(asked) > 1:
+        raise UserError(f"model.{asked[0].option} and model.{asked[1].option} are both set: leave out one.")
+    if stored is not None and asked not in ([], [stored]):
+        raise UserError(
+            f"model.{asked[0].option} is set, but {config.name} is stored in {stored.size}: leave it out, or give the "
+            "original model."
+        )
+    return stored or next(iter(asked), None)
 
 
 def unquantised(config: ModelConfig) -> ModelConfig:
     """The same model, not quantised while loading."""
-    kind = weights.loaded_as(config)
-    changes: dict[str, Any] = {} if kind is None else {str(kind.option): False}
+    changes: dict[str, Any] = {str(kind.option): False for kind in weights.loaded_as(config)}
     return replace(config, **changes)
 
 

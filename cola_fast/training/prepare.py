@@ -35,7 +35,7 @@ def prepare(config: Config, data: Data, *, flat: bool = False) -> tuple[Schedule
     """The data's order and the schedule that follows from its length."""
     t, init = config.train, config.chain.init
     metrics.require(t.loggers)
-    if wanted_by(init).corrects and weights.loaded_as(config.model) is None:
+    if wanted_by(init).corrects and not weights.loaded_as(config.model):
         raise UserError(
             f"chain.init is {init}, which corrects what quantising has lost: set model.load_in_4bit, or choose another."
         )
@@ -172,7 +172,7 @@ def looked_at(config: Config, data: Data, link: int) -> list[Sample] | None:
 
 def original_model(config: Config) -> nn.Module | None:
     """The model before it was quantised, if the init wants it; on the CPU."""
-    if not wanted_by(config.chain.init).corrects or weights.loaded_as(config.model) is None:
+    if not (wanted_by(config.chain.init).corrects and weights.loaded_as(config.model)):
         return None
     return load_model(replace(unquantised(config.model), device="cpu"))
 

@@ -334,12 +334,6 @@ def _fp4() -> nn.Module:
     return bnb.nn.Linear4bit(64, 64, bias=False, quant_type="fp4").to("cpu")
 
 
-def _int8() -> nn.Module:
-    import bitsandbytes as bnb
-
-    return bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
-
-
 def _not_yet_quantised() -> nn.Module:
     import bitsandbytes as bnb
 
@@ -364,7 +358,6 @@ def _lost_state() -> nn.Module:
     ("make", "sentence"),
     [
         (_fp4, "quantised to fp4"),
-        (_int8, "load the model in 16 bits"),
         (_not_yet_quantised, "without a quant_state"),
         (_lost_state, "without a quant_state"),
         (_partial_block, r"shape \[64, 96\] in blocks of 64.*K a multiple of the block"),

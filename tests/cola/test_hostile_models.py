@@ -261,9 +261,23 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | str, str]] = {
         {"auto_map": {"AutoConfig": "x.X", "AutoModelForCausalLM": "x.Y"}, "model_type": "x"},
         "could not",
     ),
-    "8 bits": (
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    "8 bits at each call": (
+        {
+            "quantization_config": {
+                "quant_method": "bitsandbytes",
+                "load_in_8bit": True,
+                "llm_int8_has_fp16_weight": True,
+            }
+        },
         "quantised to 8 bits, but",
+    ),
+    "8 bits that are 32": (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        r"do not fit its config.json, which says 8 bits: model.layers.0.self_attn.q_proj.weight, .* are not",
+    ),
+    "4 bits that are 32": (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+        r"do not fit its config.json, which says 4 bits: model.layers.0.self_attn.q_proj.weight, .* are not",
     ),
     "FP4": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised to fp4, but"),
     "FP8": ({"quantization_config": {"quant_method": "fp8"}}, "quantised to 'fp8', but a chain is trained on .*NF4"),

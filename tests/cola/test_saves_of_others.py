@@ -199,9 +199,8 @@ def test_detached_it_is_as_before(tmp_path: Path) -> None:
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_right_is_refused(load_nf4: Callable[..., nn.Module], wide_folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_right_is_refused(load_nf4: Callable[..., nn.Module], tmp_path: Path) -> None:
     from huggingface_hub import PyTorchModelHubMixin
-    from transformers import BitsAndBytesConfig
 
     class Hub(nn.Module, PyTorchModelHubMixin):
         def __init__(self) -> None:
@@ -213,17 +212,12 @@ def test_what_cannot_be_right_is_refused(load_nf4: Callable[..., nn.Module], wid
     half = {key: value for key, value in model.state_dict().items() if "lora" not in key}
     fp4: Any = load_nf4(kind="fp4")
     trained(fp4, targets=["lm_head"])
-    int8: Any = AutoModelForCausalLM.from_pretrained(
-        wide_folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": "cpu"}
-    )
-    trained(int8, targets=["lm_head"])
     hub: Any = Hub()
     attach(hub, r=2, targets=["q_proj"])
     for call, sentence in (
         (lambda: model.save_pretrained(tmp_path / "x", state_dict=half), "but not the open link"),
         (lambda: model.save_pretrained(tmp_path / "x", distributed_checkpoint=True), "leave it out"),
         (lambda: fp4.save_pretrained(tmp_path / "x"), "use chain.export_adapter"),
-        (lambda: int8.save_pretrained(tmp_path / "x"), "quantised to int8 .* use chain.export_adapter"),
         (lambda: hub.save_pretrained(tmp_path / "x"), r"call chain.tie\(\) and chain.detach\(\)"),
     ):
         with pytest.raises(UserError, match=sentence):

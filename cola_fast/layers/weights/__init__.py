@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from .dense import Dense
+from .int8 import Int8
 from .nf4 import NF4
 from .sharded import Sharded
+from .weight import EXACT
 from .weight import Weight as Weight
 
 # The first that recognises a tensor is its kind. Dense is what no other is.
-KINDS: tuple[type[Weight], ...] = (NF4, Sharded, Dense)
+KINDS: tuple[type[Weight], ...] = (NF4, Int8, Sharded, Dense)
 
 
 def of(module: nn.Module, tensor: Tensor | None = None) -> Weight:
@@ -45,13 +49,33 @@ def stored_as(settings: Mapping[str, Any]) -> type[Weight] | None:
     return next((kind for kind in KINDS if kind.stored(settings)), None)
 
 
-def loaded_as(options: Any) -> type[Weight] | None:
-    """The kind that the options of `model:` quantise to while loading, if to any."""
-    return next((kind for kind in KINDS if kind.option and getattr(options, kind.option, False)), None)
+def loaded_as(options: Any) -> list[type[Weight]]:
+    """The kinds that the options of `model:` ask to quantise to while loading: none, or one."""
+    return [kind for kind in KINDS if kind.option and getattr(options, kind.option, False)]
 
 
 def quantised_kinds() -> list[type[Weight]]:
     return [kind for kind in KINDS if kind.quantised]
+
+
+@contextmanager
+def exactly(model: nn.Module) -> Iterator[None]:
+    """Inside, the model multiplies by its weights as they are read here, whatever rounding of x their library adds."""
+    linears = [module for module in model.modules() if (kind := held_by(type(module))) is not None and kind.multiplies]
+    linears = [module for module in linears if "forward" not in vars(module)]
+    token = EXACT.set(True)
+    for module in linears:
+        module.forward = partial(_product, module)
+    try:
+        yield
+    finally:
+        EXACT.reset(token)
+        for module in linears:
+            del module.forward
+
+
+def _product(module: Any, x: Tensor) -> Tensor:
+    return of(module).product(x, module.bias)
 
 
 def hold(model: nn.Module) -> list[tuple[type[Weight], nn.Module]]:

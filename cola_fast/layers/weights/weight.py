@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from cola_kernels import FoldReport
 
 from ..factors import Factors
+
+EXACT: ContextVar[bool] = ContextVar("exact", default=False)  # see `weights.exactly`
 
 
 class Weight:
@@ -29,8 +32,7 @@ class Weight:
     bases: ClassVar[tuple[str, ...]] = ("ledger",)  # where links on it can live, see `chain.bases`
     quantised: ClassVar[bool] = True
     in_one_piece: ClassVar[bool] = True  # all of it is in this process
-    multiplies: ClassVar[bool] = False  # `product` computes x Wᵀ with a link, too, which is then added to it
-    noise: ClassVar[float] = 0.0  # largest share of a layer's output by which `product` may differ from x Wᵀ
+    multiplies: ClassVar[bool] = False  # its library computes x Wᵀ, in its own way; the link is added to that
 
     def __init__(self, module: nn.Module, tensor: Tensor) -> None:
         self.module: Any = module
@@ -108,7 +110,7 @@ class Weight:
         raise NotImplementedError
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x Wᵀ + bias`, as the model computes it without a link."""
+        """`x Wᵀ + bias`, as the model computes it without a link. Where EXACT is set, with `dense` and no other way."""
         raise NotImplementedError
 
     def fold(self, factors: Factors, *, rounding: str, seed: int, report: bool) -> FoldReport | None:
@@ -124,6 +126,10 @@ class Weight:
     def state(self) -> dict[str, Tensor]:
         """What the module's state dict holds beside the weight, by key. A merged one drops it."""
         return {}
+
+    def take(self, key: str, value: Tensor) -> bool:
+        """Read such a value from a state dict that is loaded. Whether it did."""
+        return False
 
     def attached(self) -> list[Any]:
         """Objects beside the parameters that hold its numbers: what a copy without weights does not copy."""
