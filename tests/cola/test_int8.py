@@ -217,7 +217,7 @@ def test_peft_loads_the_adapter_with_equal_logits(load: Load, ids: Tensor, train
     theirs = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter").train(training)
     assert {type(m).__name__ for m in theirs.modules() if hasattr(m, "lora_A")} == {"Linear8bitLt"}
     chain.model.train(training)
-    assert relative(logits(theirs, ids), logits(chain.model, ids)) < (1e-5 if training else 2e-2)
+    assert relative(logits(theirs, ids), logits(chain.model, ids)) < (1e-5 if training else 1e-3)
 
 
 def test_merged_weights_are_dense(load: Load, ids: Tensor, tmp_path: Path) -> None:
@@ -254,10 +254,11 @@ def raw(raw_config: dict[str, Any], packed: Path, wide_folder: Path, request: An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("raw", ["stored", "load_in_8bit"], indirect=True)
-def test_a_run_on_it(raw: dict[str, Any], config_file: Callable[..., str]) -> None:
-    """Train, run again, score, export both ways."""
+def test_a_run_on_it(raw: dict[str, Any], config_file: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
+    """Train, run again, score, export both ways; bitsandbytes' warning at every product is not passed on."""
     run = raw["out"]
     assert [cli.main(["train", config_file()]), cli.main(["train", config_file()])] == [0, 0]
+    assert "MatMul8bitLt" not in caplog.text
     rows = {row["model"]: row for row in score_run(run)}
     assert rows["merged export"]["loss"] == pytest.approx(rows["after 2 links"]["loss"], rel=0.02)
     assert "dequantised" in export_run(run, "merged")
