@@ -26,7 +26,7 @@ from cola_fast.chain.chain import Chain
 from cola_fast.commands.demo import demo_config
 from cola_fast.config import Config
 from cola_fast.data.batches import Batch
-from cola_fast.data.logits import batch_loss, needed_logits
+from cola_fast.data.loss import batch_loss, needed_logits
 from cola_fast.data.rows import Data, load_data
 from cola_fast.layers import weights
 from cola_fast.training.evaluate import evaluate

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_fast.chain.attach import load_chain
-from cola_fast.chain.record import read_record
+from cola_fast.chain.chain_json import read_record
 from cola_fast.commands.demo import demo_config
 from cola_fast.config import Config
 from cola_fast.data.rows import load_data

@@ -28,7 +28,7 @@ from torch import nn
 from cola_fast.chain.chain import Chain
 from cola_fast.config import Config
 from cola_fast.data.batches import Batch, Feed
-from cola_fast.data.logits import batch_loss, needed_logits
+from cola_fast.data.loss import batch_loss, needed_logits
 from cola_fast.training import plot as curves
 from cola_fast.training import prepare, trainer
 

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from cola_fast import attach
 from cola_fast.data.batches import Batch, Feed
-from cola_fast.data.logits import batch_loss, needed_logits
+from cola_fast.data.loss import batch_loss, needed_logits
 from cola_fast.data.rows import load_data
 from cola_fast.training import models
 

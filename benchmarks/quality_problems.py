@@ -15,7 +15,7 @@ from cola_fast.commands import assets
 from cola_fast.commands.demo import demo_config
 from cola_fast.data.batches import choice_batches, collate
 from cola_fast.data.encode import IGNORE
-from cola_fast.data.logits import batch_loss, candidate_scores, needed_logits
+from cola_fast.data.loss import batch_loss, candidate_scores, needed_logits
 from cola_fast.data.rows import load_data
 from cola_fast.training.models import load_model, load_tokenizer, native_bf16
 

@@ -22,7 +22,7 @@ from .knot import refuse_overflow
 from .open_link import moves
 from .peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from .sealed_link import SealedLink
-from .written import peft_fields
+from .writing import peft_fields
 
 if TYPE_CHECKING:
     from .chain import Chain

@@ -19,10 +19,10 @@ from .bases import choose_base
 from .beside import choose_beside, recorded_beside, require_apart
 from .calibration import Batches
 from .chain import Chain
+from .chain_json import load_state, read_record
 from .coverage import coverage
 from .fingerprint import base_identity, fingerprint
 from .open_link import Settings
-from .record import load_state, read_record
 from .sealed_link import SealedLink
 
 

@@ -25,8 +25,8 @@ from ..layers import weights
 from ..layers.layer import LoRALinear
 from ..layers.targets import matching, output_heads
 from ..layers.trained_modules import ROWS, Changed, Wide, WithRows, become, go_back
+from .chain_json import START_FILE
 from .peft_format import TOKEN_ROWS, Also
-from .record import START_FILE
 
 
 class Beside:

@@ -19,8 +19,8 @@ from ..errors import UserError, note
 from . import peft_format
 from .attach import load_chain
 from .chain import Chain
-from .record import binding, read_record
-from .written import peft_fields
+from .chain_json import binding, read_record
+from .writing import peft_fields
 
 FOLDER = "best"
 FILE = "best.json"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, collate
 from ..data.encode import Example
-from ..data.logits import batch_loss, needed_logits
+from ..data.loss import batch_loss, needed_logits
 from ..errors import UserError
 from ..layers.layer import LoRALinear, factor_dtype
 from ..layers.torch_modes import evaluating

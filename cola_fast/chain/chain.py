@@ -28,14 +28,14 @@ from ..layers.layer import PARTS, wrap_all
 from ..layers.torch_modes import plainly
 from ..methods import Pair
 from ..seeds import derive_seed
-from . import folding, knot, peers, written
+from . import folding, knot, peers, writing
 from .bases import Base
 from .beside import Beside
 from .calibration import Batches, as_batches, look
+from .chain_json import folder_name
 from .coverage import describe
 from .open_link import OpenLink, Settings, covered, first_factors, originals_of, starts_of
-from .record import folder_name
-from .saving import Saves
+from .save_pretrained import Saves
 from .sealed_link import SealedLink
 from .untouched import Untouched
 
@@ -240,7 +240,7 @@ class Chain:
 
         def seal() -> SealedLink:
             factors = self.open_factors()
-            link = SealedLink.seal(index, factors, difference=difference, **written.peft_fields(self, factors))
+            link = SealedLink.seal(index, factors, difference=difference, **writing.peft_fields(self, factors))
             knot.warn_of_idle(self)
             return link
 
@@ -254,7 +254,7 @@ class Chain:
             link = seal()
             if self.folder is not None and peers.rank() == 0:
                 link.write(self.folder / folder_name(link.index))
-                written.write_record(self, self.folder, [*self.links, link])
+                writing.write_record(self, self.folder, [*self.links, link])
             return link
 
         with peers.together("tie()"):
@@ -266,7 +266,7 @@ class Chain:
         folding.fold(self, link, live=True)
         if (folder := self.folder) is not None and peers.rank() == 0:
             with suppress(UserError):  # the link is tied; what its fold kept is written with the next save
-                world.lead(lambda: written.write_record(self, folder, self.links))
+                world.lead(lambda: writing.write_record(self, folder, self.links))
         return link
 
     def detach(self, *, discard: bool = False) -> nn.Module:
@@ -327,7 +327,7 @@ class Chain:
             raise UserError(f"extra is {shown(extra)}, but must be a mapping of names to tensors and plain values.")
         peers.require_writer(folder)
         folder = store.given_path(folder).absolute()  # later ties go there, wherever the process has moved to
-        world.lead(lambda: written.write(self, folder, extra))
+        world.lead(lambda: writing.write(self, folder, extra))
         self.folder = folder  # on every rank
 
     def import_adapter(self, folder: str | Path) -> SealedLink:
@@ -392,4 +392,4 @@ class Chain:
 
     def record(self, links: Sequence[SealedLink]) -> dict[str, Any]:
         """What chain.json says of the chain with these links."""
-        return written.record(self, links)
+        return writing.record(self, links)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import UserError
 from .chain import Chain
-from .record import load_state, read_record
+from .chain_json import load_state, read_record
 from .sealed_link import SealedLink
 
 

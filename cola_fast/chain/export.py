@@ -20,10 +20,10 @@ from ..methods import wanted_by
 from . import compare, peft_format
 from .adapters import cut_to_rank, error_table
 from .peft_format import CONFIG_FILE
-from .saving import merged_state, write_state
+from .save_pretrained import merged_state, write_state
 from .vllm import vllm_notes
 from .with_peft import as_parameters, with_peft
-from .written import peft_fields
+from .writing import peft_fields
 
 if TYPE_CHECKING:
     from .chain import Chain

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..layers.factors import Factors
 from ..seeds import derive_seed
-from .record import folder_name
+from .chain_json import folder_name
 from .sealed_link import SealedLink, summarise
 
 if TYPE_CHECKING:

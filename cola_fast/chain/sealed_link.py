@@ -15,7 +15,7 @@ from .. import store
 from ..errors import UserError
 from ..layers.factors import Factors
 from . import peft_format
-from .record import CHAIN_FILE, folder_name
+from .chain_json import CHAIN_FILE, folder_name
 
 
 @dataclass(repr=False)

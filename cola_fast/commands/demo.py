@@ -165,7 +165,7 @@ def measure(config: Config) -> Speed:
 
     from ..chain.attach import attach
     from ..data.batches import Batch, collate
-    from ..data.logits import batch_loss, needed_logits
+    from ..data.loss import batch_loss, needed_logits
     from ..training.models import load_model
 
     model = load_model(config.model)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..chain.attach import load_chain
 from ..chain.best import load_best
-from ..chain.record import newest_state, read_record
+from ..chain.chain_json import newest_state, read_record
 from ..config import Config
 from ..errors import UserError
 from ..store import given_path, refuse_existing

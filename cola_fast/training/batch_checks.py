@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.batches import Batch, collate
 from ..data.encode import IGNORE, Example
-from ..data.logits import needed_logits
+from ..data.loss import needed_logits
 from ..errors import UserError
 from ..layers import weights
 from ..layers.torch_modes import evaluating

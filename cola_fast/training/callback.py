@@ -23,7 +23,7 @@ from transformers import TrainerCallback, get_scheduler
 
 from ..chain.chain import Chain
 from ..chain.copies import drop_open_link, restore, save_copy
-from ..chain.saving import forget_unpacking, merged_weight
+from ..chain.save_pretrained import forget_unpacking, merged_weight
 from ..config import ScheduleConfig, from_dict
 from ..errors import UserError, shown
 from ..layers.layer import PARTS

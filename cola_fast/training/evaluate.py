@@ -12,7 +12,7 @@ import torch
 from .. import world
 from ..data.batches import choice_batches, eval_batches
 from ..data.encode import Example
-from ..data.logits import batch_loss, candidate_scores, needed_logits
+from ..data.loss import batch_loss, candidate_scores, needed_logits
 from ..layers.torch_modes import evaluating
 from .batch_checks import wants_flat
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..chain.beside import Beside
-from ..data.logits import inputs
+from ..data.loss import inputs
 
 
 def obstacle(model: Any, beside: Beside | None = None) -> str | None:

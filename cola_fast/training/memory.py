@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..chain.chain import Chain
 from ..data.batches import Batch
-from ..data.logits import batch_loss, needed_logits
+from ..data.loss import batch_loss, needed_logits
 from ..layers.layer import PARTS
 from ..layers.targets import select_modules
 from ..layers.weights.weight import Weight

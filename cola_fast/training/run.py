@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import config as configuration
 from .. import config_tree, store, world
-from ..chain.record import CHAIN_FILE, read_record
+from ..chain.chain_json import CHAIN_FILE, read_record
 from ..config import Config, ModelConfig
 from ..errors import UserError, shown
 from .models import DTYPES, resolve_device, resolve_dtype

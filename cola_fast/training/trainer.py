@@ -28,10 +28,10 @@ from .. import console, world
 from ..chain.attach import attach, rebuild
 from ..chain.best import save_best
 from ..chain.chain import Chain
-from ..chain.record import newest_state, read_record
+from ..chain.chain_json import newest_state, read_record
 from ..config import Config
 from ..data.batches import Batch, Feed
-from ..data.logits import batch_loss, needed_logits
+from ..data.loss import batch_loss, needed_logits
 from ..data.rows import Data
 from ..errors import UserError, note
 from ..layers.sharding import shard

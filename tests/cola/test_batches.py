@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from cola_fast.config import Config, TrainConfig
 from cola_fast.data import batches
-from cola_fast.data import logits as of_logits
+from cola_fast.data import loss as of_logits
 from cola_fast.data.batches import Batch, Feed, Sampler, choice_batches, collate
 from cola_fast.data.encode import IGNORE, Example
-from cola_fast.data.logits import batch_loss, candidate_scores, needed_logits
+from cola_fast.data.loss import batch_loss, candidate_scores, needed_logits
 from cola_fast.data.rows import Data
 from cola_fast.errors import UserError
 from cola_fast.training.batch_checks import check_causal, check_packing, check_padding

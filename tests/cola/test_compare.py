@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cola_fast import UserError, attach
-from cola_fast.chain import compare, export, saving
+from cola_fast.chain import compare, export, save_pretrained
 from cola_fast.layers.factors import Factors
 
 from ..conftest import disturb, tiny_llama
@@ -102,7 +102,7 @@ def test_an_adapter_with_target_parameters_comes_back(tmp_path: Path) -> None:
     other = attach(make("Glm4Moe"), r=1, targets="all-linear")
     other.import_adapter(tmp_path / "adapter")
     for name, layer in chain.layers.items():
-        merged = saving.merged_weight(layer, "nearest")
+        merged = save_pretrained.merged_weight(layer, "nearest")
         torch.testing.assert_close(other.layers[name].weight, merged, msg=name)
 
 
@@ -250,14 +250,14 @@ def changes_one(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
     write_state(model, folder, {**state, key: state[key] * 1.001})
 
 
-write_state = saving.write_state
+write_state = save_pretrained.write_state
 
 
 @pytest.mark.parametrize(
     ("module", "name", "fault", "sentence"),
     [
         (export, "concatenate", forgets_the_last, "the update of model.layers.0.mlp.down_proj differs"),
-        (saving, "merge", lambda *a, **k: None, "the merged weight of model.layers.0.self_attn.q_proj differs"),
+        (save_pretrained, "merge", lambda *a, **k: None, "the merged weight of model.layers.0.self_attn.q_proj differs"),
         (export, "write_state", changes_one, "model.layers.1.mlp.up_proj.weight was not written as it is"),
     ],
     ids=["adapter", "merge", "files"],

@@ -13,7 +13,7 @@ from torch import nn
 
 from cola_fast import attach, load_chain
 from cola_fast.config import from_dict
-from cola_fast.data.logits import batch_loss, needed_logits
+from cola_fast.data.loss import batch_loss, needed_logits
 from cola_fast.training import liger, trainer
 from cola_fast.training.models import load_model
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cola_fast import Chain, attach, config
-from cola_fast.chain.record import load_state as saved_state
-from cola_fast.chain.record import read_record
+from cola_fast.chain.chain_json import load_state as saved_state
+from cola_fast.chain.chain_json import read_record
 from cola_fast.layers.layer import LoRALinear
 from cola_fast.methods import GRADIENT, INIT, STATE, Pair, Site
 from cola_fast.training import trainer

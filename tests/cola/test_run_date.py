@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from cola_fast import UserError, config, store
-from cola_fast.chain.record import read_record
+from cola_fast.chain.chain_json import read_record
 from cola_fast.commands.report import score_run
 from cola_fast.data.encode import Example
 from cola_fast.data.rows import load_data

@@ -20,7 +20,7 @@ import yaml
 from torch import nn
 
 from cola_fast import UserError, attach, cli, config, load_chain, store
-from cola_fast.chain.record import state_files
+from cola_fast.chain.chain_json import state_files
 from cola_fast.commands import report
 from cola_fast.errors import Note
 from cola_fast.training import metrics, out_of_memory, trainer

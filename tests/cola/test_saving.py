@@ -15,7 +15,7 @@ from torch import nn
 
 from cola_fast import Chain, UserError, attach, load_chain, store
 from cola_fast.chain.best import load_best, save_best
-from cola_fast.chain.record import newest_state, read_record, state_files
+from cola_fast.chain.chain_json import newest_state, read_record, state_files
 from cola_fast.errors import Note
 from cola_fast.training import trainer
 

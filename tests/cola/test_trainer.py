@@ -21,7 +21,7 @@ import yaml
 from cola_fast import UserError, config, store
 from cola_fast.chain.attach import load_chain
 from cola_fast.chain.best import load_best
-from cola_fast.chain.record import load_state, read_record
+from cola_fast.chain.chain_json import load_state, read_record
 from cola_fast.commands.report import dry_run
 from cola_fast.training import metrics, trainer
 from cola_fast.training.models import load_model
@@ -84,7 +84,7 @@ def test_one_link_is_plain_lora(config_file: Callable[..., str], tmp_path: Path)
     """The loop's first link equals a LoRA fine-tune written out by hand."""
     from cola_fast import attach
     from cola_fast.data.batches import Feed
-    from cola_fast.data.logits import batch_loss, needed_logits
+    from cola_fast.data.loss import batch_loss, needed_logits
     from cola_fast.data.rows import load_data
     from cola_fast.training.models import context_length, load_tokenizer
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from .. import store
 from ..errors import UserError
 from ..layers.targets import short_targets
+from .chain_json import CHAIN_FILE, FORMAT, START_FILE, binding, folder_name, write_state
+from .chain_json import write_record as write_chain_file
 from .peft_format import task_type
-from .record import CHAIN_FILE, FORMAT, START_FILE, binding, folder_name, write_state
-from .record import write_record as write_chain_file
 from .sealed_link import SealedLink
 
 if TYPE_CHECKING:
