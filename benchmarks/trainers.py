@@ -91,7 +91,7 @@ def ours(problem: Problem, watch: Watch = lambda model: model) -> Times:
     with tempfile.TemporaryDirectory() as folder:
         every_span = replace(problem.config.train, log_every=problem.span)
         chosen = replace(problem.config, out=f"{folder}/run", train=every_span)
-        with patch.object(prepare, "load_model", lambda config: watch(models.load_model(config))):
+        with patch.object(prepare, "load_model", lambda *given: watch(models.load_model(*given))):
             trainer.train(chosen, quiet=True)
         rows = [row for row in metrics.read(Path(chosen.out)) if row["event"] == "train"]
     spans = zip(pairwise(problem.marks), rows[1:], strict=False)
