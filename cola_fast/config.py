@@ -74,7 +74,10 @@ class DataConfig:
     eval_split: str = "validation"
     test_split: str = "test"
     format: Literal["auto", "text", "completion", "messages", "classification"] = "auto"
-    template: str = "{text}"  # classification: the prompt, with columns in braces
+    columns: dict[str, str] | None = None  # known name -> your column: {prompt: question, completion: answer}
+    template: str = "{text}"  # classification, or beside `response`: the prompt, with columns in braces
+    response: str | None = None  # what to learn after the template's prompt, with columns in braces: "{answer}"
+    learn: Literal["assistant", "all", "last"] = "assistant"  # messages: the assistant's turns, all, or its last one
     label_column: str = "label"
     words_column: str = "tokens"  # token-classification: lists of words; label_column has a list of labels for them
     verbalisers: dict[str, str] | None = None  # classification: label -> the words that stand for it
@@ -342,9 +345,20 @@ def _check_together(config: Config) -> None:
             "schedule.plateau ends a link by its evaluations, but train.eval_every is not set: set both.",
         ),
         (
-            d.template == DataConfig.template or bool(d.verbalisers) or m.task == "sequence-classification",
-            "data.template is for classification, but data.verbalisers is missing: give the words of the labels, or "
-            "write the data as prompt and completion.",
+            d.template == DataConfig.template
+            or bool(d.verbalisers)
+            or d.response is not None
+            or m.task == "sequence-classification",
+            "data.template makes prompts, but neither data.verbalisers nor data.response is there: give the words of "
+            "the labels, or what follows the prompt, such as '{answer}'.",
+        ),
+        (
+            d.response is None or (not d.verbalisers and d.format in ("auto", "completion")),
+            "data.response makes completions: leave data.verbalisers out, and data.format auto or completion.",
+        ),
+        (
+            not d.columns or (not d.verbalisers and d.response is None and d.format != "classification"),
+            "data.columns maps columns to known names, but data.template names columns itself: leave one of them out.",
         ),
     )
     for holds, sentence in rules:
@@ -358,6 +372,9 @@ def _check_task(config: Config) -> None:
     for holds, what in (
         (d.format == "auto", f"data.format is {d.format}"),
         (not d.verbalisers, "data.verbalisers is set"),
+        (not d.columns, "data.columns is set"),
+        (d.response is None, "data.response is set"),
+        (d.learn == "assistant", f"data.learn is {d.learn}"),
         (not t.packing, "train.packing is set"),
         (config.chain.ranks == "uniform", f"chain.ranks is {config.chain.ranks}"),
         (not t.shard, "train.shard is set"),

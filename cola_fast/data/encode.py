@@ -46,7 +46,7 @@ class Row:
     choices: tuple[str, ...] = ()  # classification: what may follow the pieces
     answer: int = -1
     classes: tuple[int, ...] = ()  # of a head that classifies: the row's, or one a piece
-    read: Any = None  # what the pieces were made of, if by the tokenizer's template
+    read: Any = None  # what the pieces were made of, if by a template
 
 
 class Encoder:

@@ -11,8 +11,8 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ class Table:
     source: str
     names: list[str]  # of all columns
     rows: Any  # a datasets.Dataset; or, of a JSON file, each row's cells of the columns that may be used
+    roles: Mapping[str, str] = field(default_factory=dict)  # role (see `shapes`) -> the column that plays it
 
     @property
     def as_written(self) -> bool:
@@ -37,6 +38,8 @@ class Table:
         return isinstance(self.rows, list)
 
     def column(self, name: str) -> list[Any]:
+        """The cells of a column, or of the one that plays a role."""
+        name = self.roles.get(name, name)
         if name not in self.names:
             hint = near(name, self.names)
             raise UserError(f"{self.source} has no column {shown(name)} (it has {listed(self.names)}).{hint}")
@@ -57,11 +60,12 @@ class Table:
         given = "empty" if cell is None else f"{shown(cell)} ({type(cell).__name__})"
         guessed = isinstance(cell, date) and Path(self.source).is_dir()
         hint = " If it is text in a JSON file of that folder, give the file itself." if guessed else ""
+        column = self.roles.get(column, column)
         return UserError(f"Row {number} of {self.source}: {column} is {given}, but must be {wanted}.{hint}")
 
 
 def read_table(source: str, split: str, config: DataConfig, used: Collection[str]) -> Table:
-    """used: the columns that may be asked for."""
+    """used: the columns that may be asked for, also capitalised."""
     path = Path(source)
     builder = BUILDERS.get(path.suffix.lower())
     if builder and not os.path.isfile(source):

@@ -75,7 +75,7 @@ def test_labels_may_be_numbers_or_truth_values() -> None:
         ("steps=null", r"either schedule.epochs or schedule.steps\."),
         ("steps=-5", r"schedule's length is -5"),
         ("plateau=2", r"schedule.plateau ends a link by its evaluations, but train.eval_every is not set"),
-        ("template='{a} is'", r"data.template is for classification, but data.verbalisers is missing"),
+        ("template='{a} is'", r"data.template makes prompts, but neither data.verbalisers nor data.response is there"),
         ("shares=[1, 2]", r"schedule.shares has 2 entries, but schedule.links is 3"),
         ("schedule.ranks=[8, 4, 0]", r"schedule.ranks is \[8, 4, 0\]"),
         ("lr=0", r"schedule.lr is 0"),
