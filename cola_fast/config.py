@@ -65,9 +65,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = ""  # a jsonl, json, csv or parquet file, or a hub data set
-    eval: str | None = None  # the same; without it `eval_share` of the training rows is held out
-    test: str | None = None  # used by `cola eval` (falls back to eval)
+    train: tuple[str, ...] | str = ""  # files (jsonl, csv, txt, ...), patterns, folders, hub data sets: one, or a list
+    eval: tuple[str, ...] | str | None = None  # the same; without it `eval_share` of the training rows is held out
+    test: tuple[str, ...] | str | None = None  # used by `cola eval` (falls back to eval)
     eval_share: float = 0.05
     hub_config: str | None = None  # a hub data set's configuration name
     train_split: str = "train"
@@ -81,12 +81,19 @@ class DataConfig:
     label_column: str = "label"
     words_column: str = "tokens"  # token-classification: lists of words; label_column has a list of labels for them
     verbalisers: dict[str, str] | None = None  # classification: label -> the words that stand for it
+    text_unit: Literal["paragraph", "line", "file"] = "paragraph"  # what is one text of a .txt file
     max_length: int = 1024  # tokens
     too_long: Literal["truncate", "drop", "error"] = "truncate"  # the count is always reported
     limit: int | None = None  # use only the first rows
 
     def check(self) -> None:
         _require(bool(self.train), "data.train is missing: name a jsonl, csv or parquet file or a hub data set.")
+        for key, given in (("train", self.train), ("eval", self.eval), ("test", self.test)):
+            several = isinstance(given, tuple)
+            _require(
+                not several or bool(given and all(given)),
+                f"data.{key} is {shown(given)}, but a list names at least one file, and no empty one.",
+            )
         _require(self.max_length >= 2, f"data.max_length is {self.max_length}, but it must be at least 2 tokens.")
         share = self.eval_share
         _require(0 <= share < 1, f"data.eval_share is {share}, but it is a share of the rows in [0, 1).")
@@ -279,8 +286,11 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
 def _at_home(config: Config) -> Config:
     """`~` as a shell reads it, in files and folders: in a YAML file, or behind a =, no shell has."""
     d = config.data
-    eval_, test = (None if path is None else os.path.expanduser(path) for path in (d.eval, d.test))
-    data = replace(d, train=os.path.expanduser(d.train), eval=eval_, test=test)
+
+    def home(given: Any) -> Any:
+        return tuple(map(home, given)) if isinstance(given, tuple) else given and os.path.expanduser(given)
+
+    data = replace(d, train=home(d.train), eval=home(d.eval), test=home(d.test))
     return replace(config, out=os.path.expanduser(config.out), data=data)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from ..errors import UserError, reason
 from .encode import Row
+from .files import Source
 from .messages import Chat, with_objects
 from .time_limit import Exceeded, watching
 
@@ -34,7 +35,7 @@ LONGEST = 1 << 24  # characters of a rendered conversation
 
 
 def message_rows(
-    source: str, chats: list[Chat], tokenizer: Any, *, enough: int, date: datetime, learn: str
+    source: Source, chats: list[Chat], tokenizer: Any, *, enough: int, date: datetime, learn: str
 ) -> list[Row]:
     """enough: tokens of a row that are looked at. date: today, as far as the template is told. learn: `data.learn`."""
     _refuse_powers_and_chance(tokenizer.chat_template)
@@ -62,7 +63,7 @@ def message_rows(
                 why = reason(error)
                 if isinstance(error, Exceeded):
                     why += "; give shorter conversations, or add {% generation %} marks to a template without"
-                raise UserError(f"Row {number} of {source}: the chat template refuses it: {why}.") from None
+                raise UserError(f"{source.row(number)}: the chat template refuses it: {why}.") from None
     return rows
 
 

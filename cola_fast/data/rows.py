@@ -24,7 +24,7 @@ from . import messages, shapes
 from .chat_template import message_rows, own_names
 from .encode import Encoder, Example, Row
 from .heads import Head, HeadEncoder
-from .tables import Table, read_table
+from .tables import Table, named, read_table
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def load_data(
     if not kind:
         tables, kind, said = _recognised(tables, config)
     if kind != "messages" and config.learn != "assistant":
-        raise UserError(f"data.learn is {config.learn}, but {config.train} holds no messages: leave it out.")
+        raise UserError(f"data.learn is {config.learn}, but {named(config.train)} holds no messages: leave it out.")
     rows = {
         name: _OF_HEADS[kind](table, config, head) if head else _ROWS[kind](table, config, tokenizer, date)
         for name, table in tables.items()
@@ -79,7 +79,7 @@ def load_data(
     if holds_out(config):
         rows["train"], rows["eval"] = _hold_out(rows["train"], config.eval_share, seed)
         notes.append(
-            f"eval: {len(rows['eval'])} rows held out of {config.train}"
+            f"eval: {len(rows['eval'])} rows held out of {named(config.train)}"
             + ("." if rows["eval"] else ": too few different rows, so there is no evaluation set.")
         )
     sets: dict[str, list[Example]] = {}
@@ -121,7 +121,9 @@ def _recognised(tables: dict[str, Table], config: DataConfig) -> tuple[dict[str,
     kind = found["train"][1]
     for table, other, _ in found.values():
         if other != kind:
-            raise UserError(f"{config.train} holds {kind} rows, but {table.source} {other} rows: give both alike.")
+            raise UserError(
+                f"{named(config.train)} holds {kind} rows, but {table.source} {other} rows: give both alike."
+            )
     notes = [f"{name}: {note}" for name, (_, _, note) in found.items() if note]
     return {name: table for name, (table, _, _) in found.items()}, kind, notes
 
@@ -192,7 +194,7 @@ def _classification_rows(table: Table, config: DataConfig, tokenizer: Any, date:
             key = names[label]
         if key not in words:
             raise UserError(
-                f"Row {number} of {table.source}: {config.label_column} is {shown(label)}, which is not in "
+                f"{table.source.row(number)}: {config.label_column} is {shown(label)}, which is not in "
                 f"data.verbalisers ({listed(keys)}): add it there, or correct the row{_quoting(str(label), keys)}."
             )
         rows.append(Row(number, ((prompts[number - 1], False),), tuple(words.values()), keys.index(key)))
@@ -260,7 +262,7 @@ def _class_of(table: Table, config: DataConfig, head: Head, number: int, label: 
         key = _label_key(names[label])
     if key not in keys:
         raise UserError(
-            f"Row {number} of {table.source}: {config.label_column} is {shown(label)}, which is not in model.labels "
+            f"{table.source.row(number)}: {config.label_column} is {shown(label)}, which is not in model.labels "
             f"({listed(keys)}): add it there, or correct the row."
         )
     return keys.index(key)
