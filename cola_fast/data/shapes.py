@@ -63,7 +63,7 @@ NAMES = tuple(dict.fromkeys(name for shape in SHAPES for name in (*shape.columns
 
 def used(config: DataConfig) -> set[str]:
     """The columns that a shape may ask for."""
-    return {*NAMES, *(config.columns or {}).values(), config.label_column}
+    return {*NAMES, *(config.columns or {}).values(), "label"}
 
 
 def recognise(table: Table, config: DataConfig) -> tuple[Table, str, str | None]:
@@ -71,7 +71,7 @@ def recognise(table: Table, config: DataConfig) -> tuple[Table, str, str | None]
     columns = _columns(table, config)
     fits = [shape for shape in SHAPES if _fits(shape, table, config, columns)]
     if config.format == "auto" and not config.columns:
-        _refuse(table, config, fits[0] if fits else None)
+        _refuse(table, config, columns, fits[0] if fits else None)
     if not fits:
         if config.format == "auto":
             raise _unknown(table)
@@ -79,7 +79,8 @@ def recognise(table: Table, config: DataConfig) -> tuple[Table, str, str | None]
     shape = fits[0]
     roles = {role: columns.get(name, name) for role, name in shape.roles.items()}
     roles |= {name: columns[name] for name in shape.may if name in columns}
-    return replace(table, roles=roles), shape.kind, _note(shape, roles, fits[1:])
+    table = replace(table, roles=roles)
+    return table, shape.kind, _note(shape, table, fits[1:])
 
 
 def _columns(table: Table, config: DataConfig) -> dict[str, str]:
@@ -113,19 +114,24 @@ def _first(table: Table, column: str) -> object:
     return next((cell for cell in table.column(column) if cell is not None), None)
 
 
-def _note(shape: Shape, roles: Mapping[str, str], others: list[Shape]) -> str | None:
+def _note(shape: Shape, table: Table, others: list[Shape]) -> str | None:
+    roles = table.roles
     known = {*shape.columns, *shape.may}
     also = dict.fromkeys(str(other) for other in others if not known.issuperset(other.columns))
     more = f"; its columns also fit {listed(also)}: data.columns chooses" if also else ""
     if shape in PLAIN and not shape.lists and not more and all(role == column for role, column in roles.items()):
         return None
+    if shape not in PLAIN and set(roles) == {"prompt", "completion"}:
+        prompt, answer = (str(_first(table, role)) for role in roles)
+        if prompt == prompt.rstrip() and answer == answer.lstrip():
+            more += f"; {roles['completion']} follows directly: data.template and data.response write what is between"
     return f"read as {shape.name} ({', '.join(roles.values())}){more}"
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _refuse(table: Table, config: DataConfig, shape: Shape | None) -> None:
+def _refuse(table: Table, config: DataConfig, columns: Mapping[str, str], shape: Shape | None) -> None:
     names = {name.lower(): name for name in table.names}
     if {"chosen", "rejected"} <= set(names):
         raise UserError(
@@ -134,18 +140,20 @@ def _refuse(table: Table, config: DataConfig, shape: Shape | None) -> None:
         )
     if shape is None:
         return
-    if shape.kind == "text" and config.label_column in table.names:
+    label = names.get(config.label_column.lower())
+    if shape.kind == "text" and label:
         raise UserError(
-            f"{table.source} has {shape.columns[0]} and {config.label_column}, and the label would not be learned: to "
+            f"{table.source} has {columns[shape.columns[0]]} and {label}, and the label would not be learned: to "
             "classify, set data.verbalisers or model.task; to learn the text alone, set data.format to text."
         )
-    if shape.kind == "completion" and isinstance(_label(table), bool):
+    if "completion" in shape.roles and "label" in names and _rates(_first(table, names["label"])):
         raise UserError(
             f"{table.source} says by label which completions are good, and the bad ones would be learned, too: give it "
-            "to TRL's KTOTrainer with cola_fast.ChainCallback, or set data.format to completion to learn them all."
+            "to TRL's KTOTrainer with cola_fast.ChainCallback, or set data.format to "
+            f"{shape.kind} to learn them all."
         )
     if shape.kind == "completion" and shape not in PLAIN and "context" in names:
-        prompt, answer = shape.columns[0], shape.columns[-1]
+        prompt, answer = columns[shape.columns[0]], columns[shape.columns[-1]]
         raise UserError(
             f"{table.source} has {names['context']} beside {shape.name}, which would be left out: set data.template to "
             f'"{{{names["context"]}}} {{{prompt}}}" and data.response to "{{{answer}}}", or data.format to completion '
@@ -153,8 +161,8 @@ def _refuse(table: Table, config: DataConfig, shape: Shape | None) -> None:
         )
 
 
-def _label(table: Table) -> object:
-    return _first(table, "label") if "label" in table.names else None
+def _rates(label: object) -> bool:
+    return isinstance(label, bool) or str(label).lower() in ("true", "false")
 
 
 def _unknown(table: Table) -> UserError:

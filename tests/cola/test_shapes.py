@@ -101,6 +101,12 @@ def test_a_shape_is_trained_on(chatty_folder: Path, raw_config: dict[str, Any], 
     assert Path(raw_config["out"], "links", "000", "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("row", [("a", " it"), ("a\n", "it"), ("a", "it")], ids=str)
+def test_what_stands_between_a_question_and_its_answer_is_said(tokenizer: Any, write: Any, row: Any) -> None:
+    notes = load(tokenizer, write([{"question": row[0], "answer": row[1]}])).notes
+    assert any("answer follows directly" in note for note in notes) == (row == ("a", "it"))
+
+
 @pytest.mark.parametrize("given", [{}, {"input": ""}, {"input": None}, {"input": "it"}], ids=str)
 def test_alpacas_template(tokenizer: Any, write: Any, given: dict[str, Any]) -> None:
     example = only(load(tokenizer, write([{**ALPACA, **given}])))
@@ -209,6 +215,10 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "good and bad completions": (
         [{"prompt": "a", "completion": "b", "label": False}], {}, r"TRL's KTOTrainer .* data\.format to completion",
     ),
+    "good and bad turns": (
+        [{"prompt": ASK, "completion": SAY, "label": True}], {}, r"TRL's KTOTrainer .* data\.format to messages",
+    ),
+    "a capital label": ([{"Text": "a", "Label": 1}], {}, r"has Text and Label, and the label would not be learned"),
     "a label": ([{"text": "a", "label": 1}], {}, r"set data\.verbalisers or model\.task; .* data\.format to text"),
     "a context": (
         [{"context": "a", "question": "b", "answer": "c"}], {},
