@@ -45,6 +45,11 @@ class Source:
             number -= count
         return f"Row {number} of {self.name}"
 
+    @property
+    def has_text(self) -> bool:
+        """Whether a file of it is plain text."""
+        return any(kind(file) == "text" for file, _ in (*self.files, (self.name, 0)))
+
 
 def suffix(path: str | Path) -> str:
     """Without that of packing: .jsonl of a.jsonl.gz."""

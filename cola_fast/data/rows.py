@@ -67,6 +67,10 @@ def load_data(
         tables["eval"] = read_table(config.eval, config.eval_split, config, used)
     if config.test is not None:
         tables["test"] = read_table(config.test, config.test_split, config, used)
+    if config.text_unit != DataConfig.text_unit and not any(table.source.has_text for table in tables.values()):
+        raise UserError(
+            f"data.text_unit is {config.text_unit}, but {named(config.train)} is no .txt file: leave it out."
+        )
     said: list[str] = []
     if not kind:
         tables, kind, said = _recognised(tables, config)

@@ -84,6 +84,14 @@ def test_quotes_in_a_tsv_file(tokenizer: Any, write: Any, cells: str, read: str)
     assert texts(tokenizer, path, format="text") == [read, "last"]
 
 
+def test_a_unit_without_a_text_file(tokenizer: Any, write: Any) -> None:
+    rows, text = write([{"text": "a"}]), write("b\nc", "b.txt")
+    with pytest.raises(UserError, match=r"data\.text_unit is line, but \S*rows\.jsonl is no \.txt file"):
+        load(tokenizer, rows, text_unit="line")
+    assert texts(tokenizer, (rows, text), text_unit="line") == ["a", "b", "c"]
+    assert len(load(tokenizer, rows, eval=text, text_unit="line").eval) == 2
+
+
 def test_patterns_and_lists(tokenizer: Any, write: Any, tmp_path: Path) -> None:
     first, second = (write([{"text": name}], f"{name}.jsonl") for name in ("b1", "b0"))
     (tmp_path / "deep").mkdir()
