@@ -12,6 +12,7 @@ demo = ["accelerate>=1.0", "gguf>=0.10"]  # transformers reads GGUF files with b
 bitsandbytes = ["bitsandbytes>=0.46"]
 peers = ["peft>=0.19", "trl>=0.20", "accelerate>=1.0"]
 liger = ["liger-kernel>=0.8; platform_system == 'Linux'"]
+zstd = ["zstandard>=0.22"]
 loggers = ["tensorboard>=2.14", "trackio>=0.2"]
 docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1.0", "ruff>=0.9"]
 tests = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-tqdm"]
@@ -51,7 +52,8 @@ setup(
         "liger": liger,
         "peers": peers,
         "loggers": loggers,
-        "tests": tests + demo + bitsandbytes + liger + peers,
+        "tests": tests + demo + bitsandbytes + liger + peers + zstd,
+        "zstd": zstd,
     },
     entry_points={"console_scripts": ["cola = cola_fast.cli:main"]},
 )

@@ -65,25 +65,35 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = ""  # a jsonl, json, csv or parquet file, or a hub data set
-    eval: str | None = None  # the same; without it `eval_share` of the training rows is held out
-    test: str | None = None  # used by `cola eval` (falls back to eval)
+    train: tuple[str, ...] | str = ""  # files (jsonl, csv, txt, ...), patterns, folders, hub data sets: one, or a list
+    eval: tuple[str, ...] | str | None = None  # the same; without it `eval_share` of the training rows is held out
+    test: tuple[str, ...] | str | None = None  # used by `cola eval` (falls back to eval)
     eval_share: float = 0.05
     hub_config: str | None = None  # a hub data set's configuration name
     train_split: str = "train"
     eval_split: str = "validation"
     test_split: str = "test"
     format: Literal["auto", "text", "completion", "messages", "classification"] = "auto"
-    template: str = "{text}"  # classification: the prompt, with columns in braces
+    columns: dict[str, str] | None = None  # known name -> your column: {prompt: question, completion: answer}
+    template: str = "{text}"  # classification, or beside `response`: the prompt, with columns in braces
+    response: str | None = None  # what to learn after the template's prompt, with columns in braces: "{answer}"
+    learn: Literal["assistant", "all", "last"] = "assistant"  # messages: the assistant's turns, all, or its last one
     label_column: str = "label"
     words_column: str = "tokens"  # token-classification: lists of words; label_column has a list of labels for them
     verbalisers: dict[str, str] | None = None  # classification: label -> the words that stand for it
+    text_unit: Literal["paragraph", "line", "file"] = "paragraph"  # what is one text of a .txt file
     max_length: int = 1024  # tokens
     too_long: Literal["truncate", "drop", "error"] = "truncate"  # the count is always reported
     limit: int | None = None  # use only the first rows
 
     def check(self) -> None:
         _require(bool(self.train), "data.train is missing: name a jsonl, csv or parquet file or a hub data set.")
+        for key, given in (("train", self.train), ("eval", self.eval), ("test", self.test)):
+            several = isinstance(given, tuple)
+            _require(
+                not several or bool(given and all(given)),
+                f"data.{key} is {shown(given)}, but a list names at least one file, and no empty one.",
+            )
         _require(self.max_length >= 2, f"data.max_length is {self.max_length}, but it must be at least 2 tokens.")
         share = self.eval_share
         _require(0 <= share < 1, f"data.eval_share is {share}, but it is a share of the rows in [0, 1).")
@@ -276,8 +286,11 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
 def _at_home(config: Config) -> Config:
     """`~` as a shell reads it, in files and folders: in a YAML file, or behind a =, no shell has."""
     d = config.data
-    eval_, test = (None if path is None else os.path.expanduser(path) for path in (d.eval, d.test))
-    data = replace(d, train=os.path.expanduser(d.train), eval=eval_, test=test)
+
+    def home(given: Any) -> Any:
+        return tuple(map(home, given)) if isinstance(given, tuple) else given and os.path.expanduser(given)
+
+    data = replace(d, train=home(d.train), eval=home(d.eval), test=home(d.test))
     return replace(config, out=os.path.expanduser(config.out), data=data)
 
 
@@ -342,9 +355,20 @@ def _check_together(config: Config) -> None:
             "schedule.plateau ends a link by its evaluations, but train.eval_every is not set: set both.",
         ),
         (
-            d.template == DataConfig.template or bool(d.verbalisers) or m.task == "sequence-classification",
-            "data.template is for classification, but data.verbalisers is missing: give the words of the labels, or "
-            "write the data as prompt and completion.",
+            d.template == DataConfig.template
+            or bool(d.verbalisers)
+            or d.response is not None
+            or m.task == "sequence-classification",
+            "data.template makes prompts, but neither data.verbalisers nor data.response is there: give the words of "
+            "the labels, or what follows the prompt, such as '{answer}'.",
+        ),
+        (
+            d.response is None or (not d.verbalisers and d.format in ("auto", "completion")),
+            "data.response makes completions: leave data.verbalisers out, and data.format auto or completion.",
+        ),
+        (
+            not d.columns or (not d.verbalisers and d.response is None and d.format != "classification"),
+            "data.columns maps columns to known names, but data.template names columns itself: leave one of them out.",
         ),
     )
     for holds, sentence in rules:
@@ -358,6 +382,9 @@ def _check_task(config: Config) -> None:
     for holds, what in (
         (d.format == "auto", f"data.format is {d.format}"),
         (not d.verbalisers, "data.verbalisers is set"),
+        (not d.columns, "data.columns is set"),
+        (d.response is None, "data.response is set"),
+        (d.learn == "assistant", f"data.learn is {d.learn}"),
         (not t.packing, "train.packing is set"),
         (config.chain.ranks == "uniform", f"chain.ranks is {config.chain.ranks}"),
         (not t.shard, "train.shard is set"),

@@ -124,7 +124,7 @@ def _started(make: Callable[[Size], Config]) -> Config | None:
 
 def _sized(config: Config) -> tuple[Any, ...]:
     """What a size decides."""
-    files = (Path(file or "").name for file in (config.data.eval, config.data.test))
+    files = (Path(str(file or "")).name for file in (config.data.eval, config.data.test))
     return (config.data.limit, config.train.batch_size, *files)
 
 

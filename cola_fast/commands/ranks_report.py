@@ -34,6 +34,7 @@ class Geometry:
 
 def measure(config: Config) -> Geometry:
     """On the first `chain.gelora.examples` training examples of a configuration. Raises UserError as `train` does."""
+    from ..data.tables import named
     from ..training.models import load_model, load_tokenizer
     from ..training.prepare import read_data
 
@@ -43,7 +44,7 @@ def measure(config: Config) -> Geometry:
     examples = data.train[: settings.examples]
     batches = example_batches(examples, limit=settings.examples)
     blocks = block_ranks(model, batches, targets=config.chain.targets, mean_rank=settings.mean_rank)
-    return Geometry(config.model.name, config.data.train, len(examples), settings.mean_rank, tuple(blocks))
+    return Geometry(config.model.name, named(config.data.train), len(examples), settings.mean_rank, tuple(blocks))
 
 
 def table(found: Geometry) -> str:

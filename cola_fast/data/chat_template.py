@@ -27,37 +27,51 @@ from typing import Any
 
 from ..errors import UserError, reason
 from .encode import Row
+from .files import Source
 from .messages import Chat, with_objects
 from .time_limit import Exceeded, watching
 
 LONGEST = 1 << 24  # characters of a rendered conversation
 
 
-def message_rows(source: str, chats: list[Chat], tokenizer: Any, *, enough: int, date: datetime) -> list[Row]:
-    """enough: tokens of a row that are looked at. date: today, as far as the template is told."""
+def message_rows(
+    source: Source, chats: list[Chat], tokenizer: Any, *, enough: int, date: datetime, learn: str
+) -> list[Row]:
+    """enough: tokens of a row that are looked at. date: today, as far as the template is told. learn: `data.learn`."""
     _refuse_powers_and_chance(tokenizer.chat_template)
     rows = []
     with watching() as watch:
         for number, chat in enumerate(chats, 1):
             watch.restart()
-            read = [chat.messages, chat.keys, sorted(chat.silent)]
+            read = [chat.messages, chat.keys, sorted(chat.silent)]  # as it is, whatever is learned of it
+            chat = replace(chat, silent=_silent(chat, learn))
             try:
                 template = _dated(_template(tokenizer, chat.keys.get("tools")), date)
                 keys = {**chat.keys, "chat_template": template}
                 chat, whole = _written(chat, tokenizer, keys)
                 marked = _with_marks(template)
-                if marked == template:
-                    pieces = _turns(whole, chat, tokenizer, keys)
+                others = learn == "all"
+                if others and not chat.silent:
+                    pieces = iter([(whole, True)])
+                elif marked == template:
+                    pieces = _turns(whole, chat, tokenizer, keys, others)
                 else:
                     text = _render(tokenizer, chat.messages, {**keys, "chat_template": marked})
-                    pieces = _marked(whole, text, chat)
-                rows.append(Row(number, _looked_at(whole, pieces, tokenizer, enough), read=read))
+                    pieces = _marked(whole, text, chat, others)
+                rows.append(Row(number, _looked_at(whole, pieces, others, tokenizer, enough), read=read))
             except (_Refused, Exceeded) as error:
                 why = reason(error)
                 if isinstance(error, Exceeded):
                     why += "; give shorter conversations, or add {% generation %} marks to a template without"
-                raise UserError(f"Row {number} of {source}: the chat template refuses it: {why}.") from None
+                raise UserError(f"{source.row(number)}: the chat template refuses it: {why}.") from None
     return rows
+
+
+def _silent(chat: Chat, learn: str) -> frozenset[int]:
+    """The assistant's messages that are not learned."""
+    turns = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    earlier = {"all": [], "assistant": [turn for turn in turns if turn < chat.prompt], "last": turns[:-1]}
+    return chat.silent.union(earlier[learn])
 
 
 class _Refused(Exception):
@@ -170,24 +184,24 @@ def _with_marks(template: str) -> str:
     return re.sub(r"\{%([-+]?)(\s*endgeneration\s*[-+]?%\})", rf"{{%\1 if true %}}{_END}{{% endif %}}{{%\2", begun)
 
 
-def _marked(whole: str, marked: str, chat: Chat) -> Iterator[tuple[str, bool]]:
-    """marked: the same conversation, written by the template `_with_marks`."""
+def _marked(whole: str, marked: str, chat: Chat, others: bool) -> Iterator[tuple[str, bool]]:
+    """marked: the same conversation, written by the template `_with_marks`. others: learn the rest, too."""
     parts = re.split(f"([{_BEGIN}{_END}])", marked)
     if "".join(parts[::2]) != whole:
         raise _Refused("it writes another text where its {% generation %} marks are followed")
     turns = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if chat.silent and parts.count(_BEGIN) != len(turns):
-        raise _Refused("its {% generation %} marks are not one a turn, so that those of weight 0 cannot be told")
-    learn, count = False, 0
+        raise _Refused("its {% generation %} marks are not one a turn, so that those not to learn cannot be told")
+    learn, count = others, 0
     for part in parts:
         if part in (_BEGIN, _END):
-            learn = part == _BEGIN and not (chat.silent and turns[count] in chat.silent)
+            learn = others if part == _END else not (chat.silent and turns[count] in chat.silent)
             count += part == _END
         elif part:
             yield part, learn
 
 
-def _turns(whole: str, chat: Chat, tokenizer: Any, keys: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+def _turns(whole: str, chat: Chat, tokenizer: Any, keys: dict[str, Any], others: bool) -> Iterator[tuple[str, bool]]:
     """Without those marks: an assistant turn is what rendering it adds to the prompt that asks for it.
 
     Exact only if each rendered prefix of the conversation begins the rendering of the whole; some templates rewrite
@@ -209,16 +223,16 @@ def _turns(whole: str, chat: Chat, tokenizer: Any, keys: dict[str, Any]) -> Iter
             )
         end = len(after.rstrip())  # the line break after the end-of-turn token is not the assistant's to write
         end = end if end > len(before) else len(after)
-        yield whole[done : len(before)], False
+        yield whole[done : len(before)], others
         yield whole[len(before) : end], turn not in chat.silent
         done = end
 
 
 def _looked_at(
-    whole: str, pieces: Iterable[tuple[str, bool]], tokenizer: Any, enough: int
+    whole: str, pieces: Iterable[tuple[str, bool]], others: bool, tokenizer: Any, enough: int
 ) -> tuple[tuple[str, bool], ...]:
-    """The whole as pieces; what begins behind `enough` tokens is one without loss, as none is looked at there, and
-    telling pieces apart takes the square of their number."""
+    """The whole as pieces; what begins behind `enough` tokens is one, as none is looked at there, and telling pieces
+    apart takes the square of their number."""
     kept: list[tuple[str, bool]] = []
     done = 0
     look_at = 16  # pieces; twice as many each time, so that looking takes no longer than what it saves
@@ -230,4 +244,4 @@ def _looked_at(
                 break
         kept.append((text, learn))
         done += len(text)
-    return (*kept, (whole[done:], False))
+    return (*kept, (whole[done:], others))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
+from .files import Source
 
 IGNORE = -100  # the label of a token without loss, as in PyTorch and transformers
 
@@ -46,13 +47,13 @@ class Row:
     choices: tuple[str, ...] = ()  # classification: what may follow the pieces
     answer: int = -1
     classes: tuple[int, ...] = ()  # of a head that classifies: the row's, or one a piece
-    read: Any = None  # what the pieces were made of, if by the tokenizer's template
+    read: Any = None  # what the pieces were made of, if by a template
 
 
 class Encoder:
     """Rows of one source to examples, with the counts that the note reports."""
 
-    def __init__(self, kind: str, tokenizer: Any, too_long: str, max_length: int, source: str) -> None:
+    def __init__(self, kind: str, tokenizer: Any, too_long: str, max_length: int, source: Source) -> None:
         self.kind, self.tokenizer, self.source = kind, tokenizer, source
         self.too_long, self.max_length = too_long, max_length
         self.head = [] if kind == "messages" else _head(tokenizer)
@@ -123,7 +124,7 @@ class Encoder:
             self.long += 1
             if self.too_long == "error":
                 raise UserError(
-                    f"Row {row.number} of {self.source} has {length} tokens, more than the {self.max_length} allowed: "
+                    f"{self.source.row(row.number)} has {length} tokens, more than the {self.max_length} allowed: "
                     "raise data.max_length (up to the model's context), or set data.too_long to truncate or drop."
                 )
             if self.too_long == "drop":

@@ -14,6 +14,7 @@ from typing import Any
 from ..config import ModelConfig
 from ..errors import UserError
 from .encode import IGNORE, Example, Row
+from .files import Source
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -56,7 +57,7 @@ class HeadEncoder:
     """Rows of one source to examples, as `encode.Encoder`: of a row whose pieces are the text, or the words, and whose
     `classes` are the labels."""
 
-    def __init__(self, head: Head, tokenizer: Any, too_long: str, max_length: int, source: str) -> None:
+    def __init__(self, head: Head, tokenizer: Any, too_long: str, max_length: int, source: Source) -> None:
         self.each_token, self.tokenizer, self.source, self.pad = head.kind == "words", tokenizer, source, head.pad
         self.too_long, self.max_length = too_long, max_length
         if self.each_token and not tokenizer.is_fast:
@@ -73,7 +74,7 @@ class HeadEncoder:
                 long += 1
                 if self.too_long == "error":
                     raise UserError(
-                        f"Row {row.number} of {self.source} has {len(whole['input_ids'])} tokens, more than the "
+                        f"{self.source.row(row.number)} has {len(whole['input_ids'])} tokens, more than the "
                         f"{self.max_length} allowed: raise data.max_length (up to the model's context), or set "
                         "data.too_long to truncate or drop."
                     )

@@ -101,14 +101,14 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair
 
 
 def read(path: Path, used: Collection[str], limit: int | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """The first `limit` rows, with their cells of the columns `used`; and the names of all columns."""
+    """The first `limit` rows, with their cells of columns `used`, also capitalised; and the names of all columns."""
     names: dict[str, None] = {}
     rows: list[dict[str, Any]] = []
     for row, half in itertools.islice(_rows(path), limit):
         if not isinstance(row, dict):
             raise UserError(f"Row {len(rows) + 1} of {path} is {shown(row)}, but must be an object.")
         names |= dict.fromkeys(row)
-        rows.append({name: row[name] for name in used if name in row})
+        rows.append({name: cell for name, cell in row.items() if name in used or name.lower() in used})
         if half and not _is_text(rows[-1]):
             raise UserError(
                 f"Row {len(rows)} of {path} has half of a surrogate pair (such as \\ud83d), which is no character: "

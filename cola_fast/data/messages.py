@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import reason
+from .sharegpt import as_message
 from .tables import Table
 
-COLUMNS = ("messages", "tools", "chat_template_kwargs")
+TURNS = ("messages", "prompt", "completion")  # roles of columns that hold turns
 LEARN = ("weight", "train", "training", "train_on_turn", "loss")  # of a message: 0 and false leave it out of the loss
 REFUSED = (
     "train_detail", "training_detail", "train_on_input", "train_on_inputs", "train_on_eos", "loss_scale", "loss_weight",
@@ -33,6 +34,7 @@ class Chat:
     messages: list[dict[str, Any]]  # role and content, and what else the template may look at
     silent: frozenset[int]  # the assistant's messages that carry no loss
     keys: dict[str, Any]  # what the template gets beside them
+    prompt: int = 0  # messages of a prompt that is apart; the assistant's among them carry no loss by default
 
 
 class _Unfit(Exception):
@@ -41,12 +43,12 @@ class _Unfit(Exception):
 
 def read_chats(table: Table, reserved: Set[str]) -> list[Chat]:
     """reserved: names that chat_template_kwargs cannot have."""
-    columns = {name: table.column(name) for name in COLUMNS if name == "messages" or name in table.names}
+    columns = {name: table.column(name) for name in table.roles}
     chats = []
     for number, cells in enumerate(zip(*columns.values(), strict=True), 1):
         row = dict(zip(columns, cells, strict=True))
         try:
-            messages, silent = _messages(row["messages"] if table.as_written else without_none(row["messages"]))
+            messages, silent, prompt = _conversation(row, table.as_written)
             keys = _described(row, "chat_template_kwargs", table.as_written) or {}
             if not isinstance(keys, dict) or not reserved.isdisjoint(keys):
                 raise _Unfit("chat_template_kwargs", keys, "an object of variables for the chat template")
@@ -54,15 +56,42 @@ def read_chats(table: Table, reserved: Set[str]) -> list[Chat]:
                 keys = {**keys, "tools": _described(row, "tools", table.as_written)}
         except _Unfit as unfit:
             raise table.wrong_cell(number, *unfit.args) from None
-        chats.append(Chat(messages, silent, keys))
+        chats.append(Chat(messages, silent, keys, prompt))
     return chats
 
 
-def _messages(cell: Any) -> tuple[list[dict[str, Any]], frozenset[int]]:
-    if not isinstance(cell, list) or not cell or not all(isinstance(message, dict) for message in cell):
-        raise _Unfit("messages", cell, "a list of {role, content}")
-    read = [_message({key: value for key, value in message.items() if value is not None}) for message in cell]
-    return [message for message, _ in read], frozenset(place for place, (_, learn) in enumerate(read) if not learn)
+def _conversation(row: dict[str, Any], as_written: bool) -> tuple[list[dict[str, Any]], frozenset[int], int]:
+    """The messages of a row, the places of the assistant's that carry no loss, and how many are of a prompt."""
+    prompt = 0
+    read = [_read("system", {"role": "system", "content": row["system"]})] if row.get("system") else []
+    for column in TURNS:
+        if column in row:
+            read += [_read(column, turn) for turn in _turns(column, row[column], as_written)]
+            prompt = len(read) if column == "prompt" else prompt
+    if row.get("system") and [message["role"] for message, _ in read[1:2]] == ["system"]:
+        raise _Unfit("system", row["system"], "empty where the conversation has a system message of its own")
+    silent = frozenset(place for place, (_, learn) in enumerate(read) if not learn)
+    return [message for message, _ in read], silent, prompt
+
+
+def _turns(column: str, cell: Any, as_written: bool) -> list[dict[str, Any]]:
+    """A cell's, as a list or as JSON text of one."""
+    try:
+        turns = json.loads(cell) if isinstance(cell, str) else cell if as_written else without_none(cell)
+    except (ValueError, RecursionError):
+        turns = None
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise _Unfit(column, cell, "a list of {role, content}")
+    return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+
+
+def _read(column: str, turn: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    try:
+        return _message(as_message(turn))
+    except _Unfit as unfit:
+        raise _Unfit(column, *unfit.args[1:]) from None
+    except ValueError as error:
+        raise _Unfit(column, turn, str(error)) from None
 
 
 def _message(message: dict[str, Any]) -> tuple[dict[str, Any], bool]:

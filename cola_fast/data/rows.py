@@ -2,8 +2,9 @@
 
 `load_data` reads rows (see `tables`), turns each into pieces of text that either carry loss or do not, tokenises the
 pieces, and fits them into `max_length` (see `encode`). Four kinds of rows: plain text; prompt + completion; chat
-messages; classification by verbalisers, where the words that stand for a label compete for the place after the prompt.
-For a model with a head that classifies, see `heads`, there are two more: labelled texts, and labelled words.
+messages (`shapes` tells these three by their columns); classification by verbalisers, where the words that stand for a
+label compete for the place after the prompt. For a model with a head that classifies, see `heads`, there are two more:
+labelled texts, and labelled words.
 """
 
 from __future__ import annotations
@@ -19,13 +20,11 @@ from typing import Any
 
 from ..config import DataConfig
 from ..errors import UserError, listed, near, shown
-from . import messages
+from . import messages, shapes
 from .chat_template import message_rows, own_names
 from .encode import Encoder, Example, Row
 from .heads import Head, HeadEncoder
-from .tables import Table, read_table
-
-COLUMNS = {"text": ("text",), "completion": ("prompt", "completion"), "messages": messages.COLUMNS}
+from .tables import Table, named, read_table
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,22 @@ def load_data(
     max_length = min(config.max_length, context)
     if max_length < config.max_length:
         notes.append(f"max_length is {context}, the model's context, instead of {config.max_length}.")
-    used = {
-        name for kind in ((head.kind,) if head else (*COLUMNS, "classification")) for name in _columns(kind, config)
-    }
+    kind = head.kind if head else _kind(config)
+    used = set(_columns(kind, config)) if kind else shapes.used(config)
     tables = {"train": read_table(config.train, config.train_split, config, used)}
     if config.eval is not None:
         tables["eval"] = read_table(config.eval, config.eval_split, config, used)
     if config.test is not None:
         tables["test"] = read_table(config.test, config.test_split, config, used)
-    kind = head.kind if head else _kind(config, tables["train"])
+    if config.text_unit != DataConfig.text_unit and not any(table.source.has_text for table in tables.values()):
+        raise UserError(
+            f"data.text_unit is {config.text_unit}, but {named(config.train)} is no .txt file: leave it out."
+        )
+    said: list[str] = []
+    if not kind:
+        tables, kind, said = _recognised(tables, config)
+    if kind != "messages" and config.learn != "assistant":
+        raise UserError(f"data.learn is {config.learn}, but {named(config.train)} holds no messages: leave it out.")
     rows = {
         name: _OF_HEADS[kind](table, config, head) if head else _ROWS[kind](table, config, tokenizer, date)
         for name, table in tables.items()
@@ -77,7 +83,7 @@ def load_data(
     if holds_out(config):
         rows["train"], rows["eval"] = _hold_out(rows["train"], config.eval_share, seed)
         notes.append(
-            f"eval: {len(rows['eval'])} rows held out of {config.train}"
+            f"eval: {len(rows['eval'])} rows held out of {named(config.train)}"
             + ("." if rows["eval"] else ": too few different rows, so there is no evaluation set.")
         )
     sets: dict[str, list[Example]] = {}
@@ -91,8 +97,10 @@ def load_data(
         if not sets[name] and name in tables:
             raise UserError(f"None of the {len(part)} rows of {source} leaves a token to learn from ({note}).")
     for name, table in tables.items():
-        unused = [column for column in table.names if column not in _columns(kind, config)]
+        using = table.roles.values() if table.roles else _columns(kind, config)
+        unused = [column for column in table.names if column not in using]
         notes += [f"{name}: columns that nothing uses: {listed(unused)}"] if unused else []
+    notes += said
     held = sets.get("eval", [])
     labels = tuple(config.verbalisers or ()) if kind == "classification" else ()
     vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1)
@@ -102,34 +110,41 @@ def load_data(
 # --- from columns to pieces of text -----------------------------------------------------------------------------------
 
 
-def _kind(config: DataConfig, table: Table) -> str:
-    if config.format != "auto":
-        return config.format
-    names = set(table.names)
-    if config.verbalisers:
+def _kind(config: DataConfig) -> str:
+    """Of rows, as far as the configuration says it; "" where the columns do."""
+    if config.response is not None:
+        return "completion"
+    if config.format == "classification" or (config.format == "auto" and config.verbalisers):
         return "classification"
-    for kind, needs in (("messages", {"messages"}), ("completion", {"prompt", "completion"}), ("text", {"text"})):
-        if needs <= names:
-            return kind
-    raise UserError(
-        f"{table.source} has the columns {listed(sorted(names))}, but needs text, or prompt and completion, or "
-        "messages; for classification give data.template, data.label_column and data.verbalisers."
-    )
+    return ""
+
+
+def _recognised(tables: dict[str, Table], config: DataConfig) -> tuple[dict[str, Table], str, list[str]]:
+    """The tables with their roles, the kind of their rows, and notes."""
+    found = {name: shapes.recognise(table, config) for name, table in tables.items()}
+    kind = found["train"][1]
+    for table, other, _ in found.values():
+        if other != kind:
+            raise UserError(
+                f"{named(config.train)} holds {kind} rows, but {table.source} {other} rows: give both alike."
+            )
+    notes = [f"{name}: {note}" for name, (_, _, note) in found.items() if note]
+    return {name: table for name, (table, _, _) in found.items()}, kind, notes
 
 
 def _columns(kind: str, config: DataConfig) -> tuple[str, ...]:
-    """What rows of that kind are made of."""
-    if kind in COLUMNS:
-        return COLUMNS[kind]
+    """What rows are made of whose columns the configuration names."""
     if kind == "words":
         return config.words_column, config.label_column
-    if kind == "classification" and not config.verbalisers:
-        return ()
-    return (config.label_column, *(name for _, name in _template(config) if name is not None))
+    fields = _template("template", config.template)
+    fields += _template("response", config.response or "")
+    first = () if kind == "completion" else (config.label_column,)
+    return (*first, *(name for _, name in fields if name is not None))
 
 
-def _texts(table: Table, column: str) -> list[str]:
-    cells = table.column(column)
+def _texts(table: Table, column: str, *, empty: bool = False) -> list[str]:
+    """empty: what is absent is an empty text."""
+    cells = ["" if empty and cell is None else cell for cell in table.column(column)]
     for number, cell in enumerate(cells, 1):
         if not isinstance(cell, str):
             raise table.wrong_cell(number, column, cell, "text")
@@ -141,8 +156,31 @@ def _text_rows(table: Table, config: DataConfig, tokenizer: Any, date: datetime)
 
 
 def _completion_rows(table: Table, config: DataConfig, tokenizer: Any, date: datetime) -> list[Row]:
+    if config.response is not None:
+        return _templated_rows(table, config)
+    if "instruction" in table.roles:
+        return _alpaca_rows(table)
     pairs = zip(_texts(table, "prompt"), _texts(table, "completion"), strict=True)
     return [Row(number, ((prompt, False), (rest, True))) for number, (prompt, rest) in enumerate(pairs, 1)]
+
+
+def _templated_rows(table: Table, config: DataConfig) -> list[Row]:
+    """By data.template and data.response; what is held out depends on the cells, not on the words around them."""
+    pairs = zip(_prompts(table, config), _filled(table, "response", config.response or ""), strict=True)
+    cells = zip(*map(table.column, dict.fromkeys(_columns("completion", config))), strict=True)
+    return [
+        Row(number, ((prompt, False), (answer, True)), read=list(read))
+        for number, ((prompt, answer), read) in enumerate(zip(pairs, cells, strict=True), 1)
+    ]
+
+
+def _alpaca_rows(table: Table) -> list[Row]:
+    instructions, answers = _texts(table, "instruction"), _texts(table, "completion")
+    inputs = _texts(table, "input", empty=True) if "input" in table.roles else [""] * len(answers)
+    return [
+        Row(number, ((shapes.alpaca_prompt(*cells[:2]), False), (cells[2], True)), read=cells)
+        for number, cells in enumerate(zip(instructions, inputs, answers, strict=True), 1)
+    ]
 
 
 def _classification_rows(table: Table, config: DataConfig, tokenizer: Any, date: datetime) -> list[Row]:
@@ -160,7 +198,7 @@ def _classification_rows(table: Table, config: DataConfig, tokenizer: Any, date:
             key = names[label]
         if key not in words:
             raise UserError(
-                f"Row {number} of {table.source}: {config.label_column} is {shown(label)}, which is not in "
+                f"{table.source.row(number)}: {config.label_column} is {shown(label)}, which is not in "
                 f"data.verbalisers ({listed(keys)}): add it there, or correct the row{_quoting(str(label), keys)}."
             )
         rows.append(Row(number, ((prompts[number - 1], False),), tuple(words.values()), keys.index(key)))
@@ -168,16 +206,18 @@ def _classification_rows(table: Table, config: DataConfig, tokenizer: Any, date:
 
 
 def _prompts(table: Table, config: DataConfig) -> list[str]:
-    """The template of every row, with its cells."""
-    parts = _template(config)
+    return _filled(table, "template", config.template)
+
+
+def _filled(table: Table, key: str, template: str) -> list[str]:
+    """The template that stands under that key, with the cells of every row."""
+    parts = _template(key, template)
     has = table.names
     for unknown in {name for _, name in parts if name is not None} - set(has):
-        raise UserError(
-            f"data.template names {shown(unknown)}, but {table.source} has {listed(has)}.{near(unknown, has)}"
-        )
+        raise UserError(f"data.{key} names {shown(unknown)}, but {table.source} has {listed(has)}.{near(unknown, has)}")
     cells = {name: table.column(name) for _, name in parts if name is not None}
     if not cells:
-        raise UserError(f"data.template {shown(config.template)} names no column: write one in braces, as in {{text}}.")
+        raise UserError(f"data.{key} {shown(template)} names no column: write one in braces, as in {{text}}.")
     prompts = []
     for number in range(1, len(table.rows) + 1):
         prompt = ""
@@ -226,24 +266,20 @@ def _class_of(table: Table, config: DataConfig, head: Head, number: int, label: 
         key = _label_key(names[label])
     if key not in keys:
         raise UserError(
-            f"Row {number} of {table.source}: {config.label_column} is {shown(label)}, which is not in model.labels "
+            f"{table.source.row(number)}: {config.label_column} is {shown(label)}, which is not in model.labels "
             f"({listed(keys)}): add it there, or correct the row."
         )
     return keys.index(key)
 
 
-def _template(config: DataConfig) -> list[tuple[str, str | None]]:
+def _template(key: str, template: str) -> list[tuple[str, str | None]]:
     """Text, and the column whose cell follows it."""
     try:
-        fields = list(string.Formatter().parse(config.template))
+        fields = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserError(
-            f"data.template {shown(config.template)} is malformed ({error}): write {{{{ for a brace."
-        ) from None
+        raise UserError(f"data.{key} {shown(template)} is malformed ({error}): write {{{{ for a brace.") from None
     if any(form or conversion for _, _, form, conversion in fields):
-        raise UserError(
-            f"data.template {shown(config.template)} formats a column, but can only name it: write {{name}}."
-        )
+        raise UserError(f"data.{key} {shown(template)} formats a column, but can only name it: write {{name}}.")
     return [(literal, name) for literal, name, _, _ in fields]
 
 
@@ -271,7 +307,7 @@ def _message_rows(table: Table, config: DataConfig, tokenizer: Any, date: dateti
             "tokenizer, or write the rows as prompt and completion."
         )
     chats = messages.read_chats(table, own_names(tokenizer))
-    return message_rows(table.source, chats, tokenizer, enough=config.max_length, date=date)
+    return message_rows(table.source, chats, tokenizer, enough=config.max_length, date=date, learn=config.learn)
 
 
 _ROWS = {

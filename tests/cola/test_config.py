@@ -75,7 +75,7 @@ def test_labels_may_be_numbers_or_truth_values() -> None:
         ("steps=null", r"either schedule.epochs or schedule.steps\."),
         ("steps=-5", r"schedule's length is -5"),
         ("plateau=2", r"schedule.plateau ends a link by its evaluations, but train.eval_every is not set"),
-        ("template='{a} is'", r"data.template is for classification, but data.verbalisers is missing"),
+        ("template='{a} is'", r"data.template makes prompts, but neither data.verbalisers nor data.response is there"),
         ("shares=[1, 2]", r"schedule.shares has 2 entries, but schedule.links is 3"),
         ("schedule.ranks=[8, 4, 0]", r"schedule.ranks is \[8, 4, 0\]"),
         ("lr=0", r"schedule.lr is 0"),
@@ -100,6 +100,21 @@ def test_bad_values_are_one_clear_sentence(override: str, sentence: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["response='{a}'", "verbalisers={0: a, 1: b}"], r"data\.response makes completions: leave data\.verbalisers"),
+        (["response='{a}'", "format=text"], r"data\.response makes completions: .* data\.format auto or completion"),
+        (["response='{a}'", "columns={text: a}"], r"data\.columns maps .* leave one of them out"),
+        (["verbalisers={0: a, 1: b}", "columns={text: a}"], r"data\.columns maps .* leave one of them out"),
+    ],
+    ids=str,
+)
+def test_keys_of_the_data_that_do_not_go_together(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        build(*overrides)
+
+
+@pytest.mark.parametrize(
     ("content", "sentence"),
     [
         ("a: [1", r"line 1 is not valid YAML|line 2 is not valid YAML"),
@@ -118,8 +133,12 @@ def test_bad_files(tmp_path: Path, content: str, sentence: str) -> None:
 
 def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", home := str(tmp_path))
-    made = build("out=~/run", "data.train=~/a.jsonl", "data.test=~/b.jsonl")
-    assert (made.out, made.data.train, made.data.test) == (f"{home}/run", f"{home}/a.jsonl", f"{home}/b.jsonl")
+    made = build("out=~/run", "data.train=~/a.jsonl", "data.test=[~/b.jsonl, c.txt]")
+    assert (made.out, made.data.train, made.data.test) == (
+        f"{home}/run",
+        f"{home}/a.jsonl",
+        (f"{home}/b.jsonl", "c.txt"),
+    )
 
 
 def test_missing_file(tmp_path: Path) -> None:

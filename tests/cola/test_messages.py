@@ -251,7 +251,7 @@ def test_marks_that_are_not_one_a_turn(tokenizer: Any, write: Any, monkeypatch: 
     template = "{% for m in messages %}{% if m['role'] == 'assistant' %}" + twice + "{% endif %}{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     assert spoken(tokenizer, only(load(tokenizer, write([{"messages": talk_of({}, {})}])))) == "a film.</s>it was.</s>"
-    with pytest.raises(UserError, match=r"Row 1 of .* marks are not one a turn, so that those of weight 0 cannot be"):
+    with pytest.raises(UserError, match=r"Row 1 of .* marks are not one a turn, so that those not to learn cannot be"):
         load(tokenizer, write([{"messages": talk_of({}, {"weight": 0})}]))
 
 

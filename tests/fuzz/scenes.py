@@ -305,6 +305,9 @@ ROWS: list[dict[str, Any]] = [
         "tools": [{"name": "w2"}],
         "chat_template_kwargs": {"w4": 1},
     },
+    {"system": "w3", "conversations": [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "good w2"}]},
+    {"prompt": [{"role": "user", "content": "w1"}], "completion": [{"role": "assistant", "content": "good w2"}]},
+    {"instruction": "w1", "input": "w2", "output": " good"},
 ]
 TEMPLATES = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}",
@@ -340,7 +343,7 @@ def data_files(world: World, source: random.Random) -> Found:
     if "label" in row:
         raw["data"] |= {"template": "{text} it was", "verbalisers": {"0": " bad", "1": " good"}}
     (work / "config.yaml").write_text(yaml.safe_dump(raw))
-    if "messages" in row:
+    if any(isinstance(cell, list) for cell in row.values()):
         (work / "model" / "chat_template.jinja").write_text(source.choice(TEMPLATES))
     outcome = forked.run(lambda: cli.main(["train", str(work / "config.yaml")]))
     return Found("data_files", what, fault(outcome, lambda found: True), outcome)
