@@ -54,8 +54,9 @@ With --4bit the model is loaded as QLoRA does. The run folder's config.yaml is o
 """
 
 DATA_HELP = """\
-Show rows of the training data as the model will see them, with the tokens marked that carry loss, and count: tokens,
-lengths, padding, repeated rows, unknown tokens, rows that do not end. Loads no weights. Writes nothing but --html.
+Show rows of the training data as the model will see them, and count tokens, lengths, padding, repeated rows, unknown
+tokens and rows that do not end. Tokens that carry loss are coloured; without a terminal they stand in brackets.
+Loads no weights, and writes nothing but --html.
 """
 
 EVAL_HELP = """\

@@ -121,7 +121,7 @@ def _size(examples: Sequence[Example], kind: str) -> str:
     high = lengths[math.ceil(0.95 * len(lengths)) - 1]
     return (
         f"{len(lengths):,} rows, {tokens:,} tokens, {learned:,} {what}; a row's tokens: median "
-        f"{statistics.median(lengths):g}, 95 % have at most {high}, longest {lengths[-1]}"
+        f"{statistics.median(lengths):g}, 95% have at most {high}, longest {lengths[-1]}"
     )
 
 

@@ -225,7 +225,7 @@ def test_lengths_and_the_longest(config_file: Callable[..., str], tmp_path: Path
     rows = [{"text": " ".join(["w1"] * count)} for count in range(1, 21)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = facts_of(config_file(data={"train": str(tmp_path / "rows.jsonl"), "eval_share": 0.0, "max_length": 64}))
-    assert said["train"].endswith("a row's tokens: median 11.5, 95 % have at most 20, longest 21")
+    assert said["train"].endswith("a row's tokens: median 11.5, 95% have at most 20, longest 21")
     assert said["longest"] == "row 20 (21), row 19 (20), row 18 (19), row 17 (18), row 16 (17)"
 
 
