@@ -311,7 +311,7 @@ def _data(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from .commands.data_view import require_place, view, write_page
 
-    place = require_place(options.html) if options.html else None
+    place = None if options.html is None else require_place(options.html)
     seen = view(config, rows=options.rows, row=options.row)
     if place is not None:
         write_page(seen, config, place)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import Config
-from ..console import clean
 from ..data.batches import Feed
 from ..data.encode import IGNORE, Example
 from ..data.rows import Data, holds_out
-from ..errors import UserError, listed
+from ..errors import UserError, listed, printable
 from ..store import given_path, read_file, write_file
 from ..training.batch_checks import wants_flat
 from ..training.models import load_empty_model, load_tokenizer
@@ -35,7 +34,7 @@ class View(NamedTuple):
         names = [
             "" if before == name else name for (before, _), (name, _) in itertools.pairwise([("", ""), *self.facts])
         ]
-        facts = (f"{name:11}{clean(fact)}" for name, (_, fact) in zip(names, self.facts, strict=True))
+        facts = (f"{name:11}{printable(fact)}" for name, (_, fact) in zip(names, self.facts, strict=True))
         return "\n\n".join([*shown, "\n".join(facts)])
 
 

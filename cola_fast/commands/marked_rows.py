@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..console import clean
 from ..data.encode import IGNORE, Example
+from ..errors import printable
 
 LEARNED, SPECIAL, CLASS, PLAIN = "\x1b[30;42m", "\x1b[2m", "\x1b[36m", "\x1b[0m"
 AROUND = 8  # tokens before a part that are decoded with it: whether it begins with a space depends on them
@@ -61,8 +62,8 @@ class MarkedRow(NamedTuple):
 
     def _page(self, text: str) -> str:
         """Indented: what a row says cannot be taken for what is said about it."""
-        choices = [f"  {'*' if right else '-'} {clean(said)}" for said, right in self.choices]
-        return "\n".join([clean(self.title), *(f"  | {line}" for line in text.split("\n")), *choices])
+        choices = [f"  {'*' if right else '-'} {printable(said)}" for said, right in self.choices]
+        return "\n".join([printable(self.title), *(f"  | {line}" for line in text.split("\n")), *choices])
 
 
 def mark(example: Example, kind: str, tokenizer: Any, *, title: str, labels: Sequence[str | int]) -> MarkedRow:

@@ -21,6 +21,7 @@ from cola_fast import config, console
 from cola_fast.cli import main
 from cola_fast.commands.data_view import view
 from cola_fast.commands.marked_rows import mark
+from cola_fast.commands.ranks_report import measure
 from cola_fast.data.batches import Feed
 from cola_fast.training.models import load_tokenizer
 from cola_fast.training.plan import plan_run
@@ -124,8 +125,11 @@ def test_the_class_of_a_text(config_file: Callable[..., str], cola: Cola) -> Non
 def test_the_class_of_each_word(config_file: Callable[..., str], word_files: dict[str, str], cola: Cola) -> None:
     shown = cola("data", config_file(**of_words(word_files)), "--row", "2").stdout
     row = json.loads(Path(word_files["train"]).read_text().splitlines()[1])
-    marked = re.findall(r"⟦ ?(w\d+)\|(\w+)⟧", shown)
-    assert marked == list(zip(row["tokens"], row["label"], strict=True))
+    pairs = list(zip(row["tokens"], row["label"], strict=True))
+    assert re.findall(r"⟦ ?(w\d+)\|(\w+)⟧", shown) == pairs
+    (again,) = view(config.load(config_file()), row=2).rows
+    assert re.findall(r"<mark> ?(w\d+)<i>(\w+)</i></mark>", again.html()) == pairs
+    assert re.findall(r"42m ?(w\d+)\x1b\[0m\x1b\[36m\|(\w+)\x1b\[0m", again.coloured()) == pairs
 
 
 @pytest.mark.parametrize("words", [["--rows", "0"], ["--rows", "2"], ["--row", "5"]], ids=" ".join)
@@ -158,7 +162,9 @@ def test_parts_add_up_to_the_text(tokenizer: Any, write: Any) -> None:
 
 
 def test_files_do_not_steer_the_terminal(of_bytes: Callable[..., str], tmp_path: Path, cola: Cola) -> None:
-    path = of_bytes([{"text": f"{ODD}\nkind       forged"}], max_length=64, too_long="truncate")
+    path = of_bytes(
+        [{"text": f"{ODD}\nkind       forged", "a\nkind       forged": 1}], max_length=64, too_long="truncate"
+    )
     cola("data", path, "--html", str(tmp_path / "page.html"))
     config_ = config.load(path)
     for coloured in (False, True):
@@ -166,6 +172,7 @@ def test_files_do_not_steer_the_terminal(of_bytes: Callable[..., str], tmp_path:
         ours = re.sub(r"\x1b\[(0|2|30;42|36)m", "", text)
         assert "\\x1b[31mred\\u202e" in ours
         assert not set(ours) & {"\x1b", "\u202e"}
+        assert len(re.findall(r"^kind ", text, re.MULTILINE)) == 1
     assert "\x1b" not in (tmp_path / "page.html").read_text()
     assert "<script" not in (tmp_path / "page.html").read_text()
 
@@ -274,7 +281,7 @@ def test_rows_without_a_label_are_counted(config_file: Callable[..., str], word_
 
 
 def test_a_runs_data_is_of_its_day(chats: str, on: Callable[[int], None]) -> None:
-    """Also in the plan of going on with it."""
+    """Also in the plan of going on with it, and for its ranks."""
     on(28)
     train(chats)
     on(29)
@@ -283,6 +290,7 @@ def test_a_runs_data_is_of_its_day(chats: str, on: Callable[[int], None]) -> Non
     assert plan_run(settings).data.train[0].input_ids[0] == 7 + 28
     later = config.load(chats, ["out=later"])
     assert all("w29" in row.plain() for row in view(later).rows)
+    assert measure(settings) != measure(later)
 
 
 class Tags(HTMLParser):
@@ -326,6 +334,7 @@ def test_the_page(config_file: Callable[..., str], tmp_path: Path, cola: Cola) -
         (["--row", "0"], "rows count from 1"),
         (["--html", "config.yaml"], "config.yaml, which `cola data` did not write: name another file, or remove it."),
         (["--html", "."], "which `cola data` did not write"),
+        (["--html", ""], "which `cola data` did not write"),
         (["--html", "no/page.html"], "there is no folder no"),
         (["data.train=no.jsonl"], "There is no file no.jsonl"),
     ],
