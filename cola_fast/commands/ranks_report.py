@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,10 @@ def measure(config: Config) -> Geometry:
     from ..data.tables import named
     from ..training.models import load_model, load_tokenizer
     from ..training.prepare import read_data
+    from ..training.run import date_for
 
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    data = read_data(config, model, tokenizer, datetime.now())
+    data = read_data(config, model, tokenizer, date_for(store.given_path(config.out)))
     settings = config.chain.gelora
     examples = data.train[: settings.examples]
     batches = example_batches(examples, limit=settings.examples)

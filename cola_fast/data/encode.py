@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UserError
@@ -35,6 +35,7 @@ class Example:
     answer: int = -1  # classification: which of them is gold; its tokens end input_ids
     head: bool = False  # `labels` are classes, for a head that classifies: one, or one a token. Nothing is shifted
     pad: int = 0  # with `head`: what fills up shorter rows of a batch; some models find a sequence's end by it
+    row: int = field(default=0, compare=False)  # its number in the file, from 1
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -105,7 +106,7 @@ class Encoder:
         loss[: len(self.head)] = [False] * len(self.head)
         labels = [token if learn else IGNORE for token, learn in zip(ids, loss, strict=True)]
         prompt_length = prompt_length + len(head) if self.kind in ("completion", "classification") else 0
-        return Example(ids, labels, prompt_length, candidates, row.answer)
+        return Example(ids, labels, prompt_length, candidates, row.answer, row=row.number)
 
     def _added(self, before: list[int], joint: list[int], text: str) -> list[int]:
         """The tokens of `text`, where `before` are those of the text in front of it, and `joint` those of both; see the
@@ -135,9 +136,10 @@ class Encoder:
                     return None
                 cut = slice(prompt - room, None)
                 ids, labels = (whole[:head] + whole[cut] for whole in (example.input_ids, example.labels))
-                example = Example(ids, labels, head + room, example.candidates, example.answer)
+                example = replace(example, input_ids=ids, labels=labels, prompt_length=head + room)
             else:
-                example = Example(example.input_ids[: self.max_length], example.labels[: self.max_length])
+                ids, labels = (whole[: self.max_length] for whole in (example.input_ids, example.labels))
+                example = replace(example, input_ids=ids, labels=labels)
             self.cut += 1
         # the first token of a sequence has nothing before it to be predicted from
         scorable = example.prompt_length > 0 if example.candidates else any(t != IGNORE for t in example.labels[1:])

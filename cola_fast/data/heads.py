@@ -67,7 +67,7 @@ class HeadEncoder:
             )
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[Example], str]:
-        examples, long = [], 0
+        examples, long, unlabelled = [], 0, 0
         for row in rows:
             whole = self._tokens(row, limit=None)
             if len(whole["input_ids"]) > self.max_length:
@@ -83,11 +83,14 @@ class HeadEncoder:
                 whole = self._tokens(row, limit=self.max_length)
             labels = self._labels(row, whole.word_ids()) if self.each_token else list(row.classes)
             if any(label != IGNORE for label in labels) and whole["input_ids"]:
-                examples.append(Example(list(whole["input_ids"]), labels, head=True, pad=self.pad))
+                ids = list(whole["input_ids"])
+                examples.append(Example(ids, labels, head=True, pad=self.pad, row=row.number))
+            else:
+                unlabelled += 1
         tokens = sum(map(len, examples))
         done = {"truncate": "truncated", "drop": "dropped"}.get(self.too_long, "")
         note = f"{len(examples)} of {len(rows)} rows, {tokens} tokens" + (f", {long} too long: {done}" if long else "")
-        return examples, note
+        return examples, note + (f", {unlabelled} dropped with no token to learn from" if unlabelled else "")
 
     def _tokens(self, row: Row, limit: int | None) -> Any:
         cut = {} if limit is None else {"truncation": True, "max_length": limit}

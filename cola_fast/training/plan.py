@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime
 from typing import NamedTuple
 
 import torch
@@ -13,10 +12,12 @@ from ..chain.coverage import Coverage, coverage
 from ..config import Config
 from ..data.batches import Batch, Feed, collate
 from ..data.rows import Data
+from ..store import given_path
 from .batch_checks import wants_flat
 from .memory import Estimate, estimate
 from .models import load_empty_model, load_tokenizer, resolve_device, resolve_dtype
 from .prepare import base_kind, chain_options, prepare, read_data, rehearse
+from .run import date_for
 from .schedule import Schedule
 
 
@@ -42,7 +43,7 @@ def plan_run(config: Config) -> Plan:
     dtype = resolve_dtype(config.model.dtype, device)
     model = load_empty_model(config.model).to(dtype)
     tokenizer = load_tokenizer(config.model)
-    data = read_data(config, model, tokenizer, datetime.now())
+    data = read_data(config, model, tokenizer, date_for(given_path(config.out)))
     schedule, feed = prepare(config, data)
     c, t = config.chain, config.train
     ranks = [span.rank for span in schedule.spans]

@@ -50,7 +50,7 @@ class Run:
         self.config = replace(self.config, model=world.lead(self._model))
         if in_use:
             world.lead(self._hold)  # an existing run: refuse at once, not after loading a model
-        self.date = world.lead(self._date)
+        self.date = world.lead(lambda: date_for(self.path))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -85,10 +85,6 @@ class Run:
             model = replace(model, dtype=load_config(self.path).model.dtype)
         dtype: Any = DTYPE_NAMES[resolve_dtype(model.dtype, resolve_device(model.device))]
         return replace(model, dtype=dtype)
-
-    def _date(self) -> datetime | None:
-        started = (self.path / CHAIN_FILE).exists()
-        return begun(read_record(self.path)) if started else datetime.now().replace(microsecond=0)
 
     def _hold(self) -> None:
         """Lock the folder, and make sure it is this configuration's."""
@@ -156,6 +152,12 @@ def _changes(record: Mapping[str, Any], config: Config) -> list[str]:
         if key not in UNRECORDED_KEYS
     }
     return [f"{key} was {old!r}, is {new!r}" for key, (old, new) in pairs.items() if old != new]
+
+
+def date_for(run: Path) -> datetime | None:
+    """What the chat template is told of today: when the run in this folder began, or now if there is none yet."""
+    started = (run / CHAIN_FILE).exists()
+    return begun(read_record(run)) if started else datetime.now().replace(microsecond=0)
 
 
 def begun(record: Mapping[str, Any]) -> datetime | None:
