@@ -46,6 +46,7 @@ import transformers
 from cola_fast import UserError, config, store
 from cola_fast.chain import bases
 from cola_fast.layers import layer
+from cola_fast.layers.weights import dense
 from cola_fast.methods import INIT
 from cola_fast.training import plot, prepare, trainer
 
@@ -81,7 +82,7 @@ def count_operations(
             return counted(found) if name in ("fsync", "replace", "rename") else found
 
     store.os = Os()  # type: ignore[assignment]
-    for base in (bases.DenseBase, bases.NF4Base, bases.LedgerBase):
+    for base in (bases.DenseBase, bases.LedgerBase):
         base.fold = counted(base.fold)  # type: ignore[method-assign]
     whole = store._write_synced
 
@@ -173,14 +174,14 @@ def in_double(opens: Callable[..., None]) -> Callable[..., None]:
 def count_rows() -> Callable[[], int]:
     """Of all weights, those that this process has folded links into."""
     done = 0
-    merge = bases.merge_
+    merge = dense.merge_
 
     def counted(weight: torch.Tensor, *args: Any, **keys: Any) -> Any:
         nonlocal done
         done += len(weight)
         return merge(weight, *args, **keys)
 
-    bases.merge_ = counted  # type: ignore[assignment]
+    dense.merge_ = counted  # type: ignore[assignment]
     return lambda: done
 
 
