@@ -82,7 +82,7 @@ def count_operations(
             return counted(found) if name in ("fsync", "replace", "rename") else found
 
     store.os = Os()  # type: ignore[assignment]
-    for base in (bases.DenseBase, bases.NF4Base, bases.LedgerBase):
+    for base in (bases.DenseBase, bases.LedgerBase):
         base.fold = counted(base.fold)  # type: ignore[method-assign]
     whole = store._write_synced
 
