@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .layers.layer import LoRALinear
     from .layers.peft_drop_in import accelerate_peft, restore_peft
+    from .methods.options import ChainOptions
     from .ranks import gelora_ranks
     from .training.callback import ChainCallback
     from .training.trainer import train
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Chain",
     "ChainCallback",
+    "ChainOptions",
     "LoRALinear",
     "UserError",
     "accelerate_peft",
@@ -35,6 +37,7 @@ __all__ = [
 _HOMES = {
     "Chain": "chain.chain",
     "ChainCallback": "training.callback",
+    "ChainOptions": "methods.options",
     "LoRALinear": "layers.layer",
     "UserError": "errors",
     "accelerate_peft": "layers.peft_drop_in",

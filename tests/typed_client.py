@@ -15,7 +15,8 @@ import cola_kernels
 
 
 def train_by_hand(model: nn.Module, folder: Path) -> cola_fast.Chain:
-    chain = cola_fast.attach(model, r=8, alpha=16, targets=["q_proj"], dropout=0.05)
+    options = cola_fast.ChainOptions(r=8, alpha=16, targets=("q_proj",), dropout=0.05)
+    chain = cola_fast.attach(model, options, seed=1)
     assert_type(chain, cola_fast.Chain)
     optimizer = torch.optim.AdamW(chain.parameters(), lr=1e-3)
     optimizer.step()
@@ -45,7 +46,8 @@ def refused(error: cola_fast.UserError) -> ValueError:
 
 
 def wrong(model: nn.Module) -> None:
-    cola_fast.attach(model, r="8")  # type: ignore[arg-type]
-    cola_fast.attach(model, rank=8)  # type: ignore[call-arg]
+    cola_fast.ChainOptions(r="8")  # type: ignore[arg-type]
+    cola_fast.ChainOptions(rank=8)  # type: ignore[call-arg]
+    cola_fast.attach(model, seed="8")  # type: ignore[arg-type]
     cola_fast.attach(model).knot()  # type: ignore[attr-defined]
     cola_kernels.merge_(model, 1.0)  # type: ignore[call-arg, arg-type]

@@ -39,7 +39,8 @@ def attach(
     """Freeze `model` and open link 0 on the targeted linears. The model's function does not change.
 
     Args:
-        options: a chain's options as one object, or each as an argument: `attach(model, r=8, targets="all-linear")`.
+        options: a chain's options as one object, which a type checker sees into, or each as an argument, which is
+            checked when it is called: `attach(model, r=8, targets="all-linear")`.
             They and their defaults are in `methods.options`, and the keys of a configuration's section `chain`.
         seed: of the links' initial values and of stochastic rounding.
         first_rank: rank of link 0 if it is not `r`, as in a step-down.
