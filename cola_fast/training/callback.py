@@ -150,7 +150,7 @@ class ChainCallback(TrainerCallback):
         assert self.schedule is not None
         spans, tied = self.schedule.spans, len(self.chain.links)
         if tied == len(spans):
-            drop_open_link(self.chain)
+            self._end()
             return
         if state.global_step < sum(span.steps for span in spans[: tied + 1]):
             return
@@ -165,7 +165,13 @@ class ChainCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.schedule is not None
         if len(self.chain.links) == len(self.schedule.spans):
-            drop_open_link(self.chain)
+            self._end()
+
+    def _end(self) -> None:
+        """As the last link left it: a Trainer that is resumed at its very end may have taken one step more."""
+        drop_open_link(self.chain)
+        if self.chain.beside:
+            self.chain.beside.set(self.chain.links[-1].also(), "The last link")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.schedule is not None

@@ -199,6 +199,16 @@ def test_a_checkpoint_holds_the_chain_of_its_own_step(tmp_path: Path) -> None:
     assert len(load_chain(tiny_llama(), tmp_path / "elsewhere").links) == 3
 
 
+def test_a_finished_run_that_is_resumed_leaves_what_is_beside_the_links(tmp_path: Path) -> None:
+    """The Trainer takes one step more, at a learning rate that is not 0; the last link's values are the chain's."""
+    keys = {"keys": {"train_also": "norm"}, "lr_scheduler_type": "constant", "save_steps": 6}
+    make(tmp_path, **keys)[0].train()
+    trainer, chain, _ = make(tmp_path, **keys)
+    trainer.train(resume_from_checkpoint=True)
+    sealed = chain.links[-1].also()
+    assert torch.equal(chain.beside.values()["model.norm.weight"], sealed["model.norm.weight"])
+
+
 def test_resumed_from_a_checkpoint_that_is_deleted_later(tmp_path: Path) -> None:
     first, chain, _ = make(tmp_path, save_steps=3)
     first.train()
